@@ -1,0 +1,28 @@
+# make demo    run the main job on a small built-in clip; results in demo-output/
+# make test    lint, types and all tests
+# make host    only the tests that boot a real ComfyUI
+#
+# A real ComfyUI is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; ENGINE=pypi goes without.
+PYTHON ?= python3
+ENGINE ?= auto
+
+.PHONY: demo test lint host env clean
+
+demo: env
+	.venv/bin/python demo --engine $(ENGINE)
+
+test: lint
+	.venv/bin/pytest --engine $(ENGINE)
+
+lint: env
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+host: env
+	.venv/bin/pytest -m host
+
+env:
+	@$(PYTHON) tools/setup_env.py --engine $(ENGINE)
+
+clean:
+	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

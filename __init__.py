@@ -1,0 +1,8 @@
+"""Tune-A-Video for ComfyUI: nothing here but the node list."""
+
+
+async def comfy_entrypoint():
+    """Called by ComfyUI; the import waits until then, so that the package loads without a host too."""
+    from .nodes import TuneAVideoExtension
+
+    return TuneAVideoExtension()

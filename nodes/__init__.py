@@ -1,0 +1,16 @@
+"""The nodes: schema, validation, progress. What they do is in ``tav_core``."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .motion import LoadMotion, SaveMotion
+from .sample import DDIMInvert, TAVSample
+from .tune import InflateUNet, OneShotTune
+from .video import LoadVideo, SaveVideo
+
+
+class TuneAVideoExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of a graph."""
+        return [LoadVideo, InflateUNet, OneShotTune, DDIMInvert, TAVSample, SaveVideo, SaveMotion, LoadMotion]

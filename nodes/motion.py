@@ -1,0 +1,91 @@
+"""SaveMotion and LoadMotion: tuned weights to and from the host's models folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..tav_core.weights import Motion, load_motion, save_motion
+from .types import CATEGORY, MotionType
+
+FOLDER = "tav"
+
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+class SaveMotion(io.ComfyNode):
+    """MOTION -> one safetensors file in models/tav."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="TAV_SaveMotion",
+            display_name="Save Motion (Tune-A-Video)",
+            category=CATEGORY,
+            description="Saves tuned weights as one safetensors file in the models folder `tav`, so that the clip "
+            "need not be tuned again. 149 MB for SD 1.5.",
+            is_output_node=True,
+            inputs=[
+                MotionType.Input("motion", tooltip="Tuned weights, from One-Shot Tune."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="motion",
+                    tooltip="Name of the file below models/tav; a counter is added, nothing is overwritten. "
+                    "May hold a subfolder and %date:yyyy-MM-dd%.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Full path of the file that was written.")],
+        )
+
+    @classmethod
+    def execute(cls, motion: Motion, filename_prefix: str) -> io.NodeOutput:
+        """Write the file; the path cannot leave the models folder (the host sees to it)."""
+        root = folder_paths.get_folder_paths(FOLDER)[0]
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        save_motion(motion, path)
+        return io.NodeOutput(str(path), ui={"text": [str(path)]})
+
+
+class LoadMotion(io.ComfyNode):
+    """One safetensors file in models/tav -> MOTION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="TAV_LoadMotion",
+            display_name="Load Motion (Tune-A-Video)",
+            category=CATEGORY,
+            description="Loads tuned weights that Save Motion wrote. Connect them to Inflate UNet together with a "
+            "checkpoint of the same family.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A motion file in the models folder `tav`. Press R to refresh the list.",
+                )
+            ],
+            outputs=[MotionType.Output(display_name="motion", tooltip="Tuned weights, for Inflate UNet.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> Any:
+        """Load again when the file has changed."""
+        path = folder_paths.get_full_path(FOLDER, file) if file else None
+        if path is None:
+            return ""
+        stat = Path(path).stat()
+        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        """Read the file; ValueError for one that is missing, damaged, of a newer format or no motion at all."""
+        path = folder_paths.get_full_path(FOLDER, file)
+        if path is None:
+            raise ValueError(f"file: {file} is not in the models folder {FOLDER}. Refresh the list and choose again.")
+        return io.NodeOutput(load_motion(Path(path)))

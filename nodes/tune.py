@@ -1,0 +1,254 @@
+"""InflateUNet and OneShotTune."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..tav_core import host, pictures
+from ..tav_core.attention import SPATIAL_MODES
+from ..tav_core.inflate import Inflation
+from ..tav_core.trainable import TRAIN_SCOPES
+from ..tav_core.tune import TuneSettings, one_shot_tune
+from ..tav_core.weights import Motion
+from .prompt import source_text
+from .types import CATEGORY, MotionType
+
+GROUP_NORM_MODES = ("over frames", "per frame")
+PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIXELS_PER_LATENT = 8
+
+
+class InflateUNet(io.ComfyNode):
+    """MODEL of an image -> MODEL that sees its batch as the frames of a video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="TAV_InflateUNet",
+            display_name="Inflate UNet (Tune-A-Video)",
+            category=CATEGORY,
+            description="Makes a Stable Diffusion model see a batch of latents as the frames of one video. With a "
+            "motion it samples like the tuned model. LoRAs may come before or after it.",
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or SDXL model."),
+                io.Combo.Input(
+                    "attention",
+                    options=list(SPATIAL_MODES),
+                    default="sparse-causal",
+                    tooltip="Which frames a frame looks at. The method uses sparse-causal: the first and the "
+                    "previous one. The others are for comparison.",
+                ),
+                io.Combo.Input(
+                    "group_norm",
+                    options=list(GROUP_NORM_MODES),
+                    default="over frames",
+                    tooltip="Statistics of the residual blocks' norms: pooled over all frames, as the released "
+                    "code does, or per frame.",
+                ),
+                io.Float.Input(
+                    "query_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How strongly the motion's changes to the query projections apply. 1 = as tuned.",
+                ),
+                io.Float.Input(
+                    "temporal_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much the motion's temporal layers add. 1 = as tuned, 0 = off.",
+                ),
+                MotionType.Input(
+                    "motion", optional=True, tooltip="Tuned weights, from One-Shot Tune or Load Motion."
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The inflated model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        attention: Any,
+        group_norm: str,
+        query_strength: float,
+        temporal_strength: float,
+        motion: Motion | None = None,
+    ) -> io.NodeOutput:
+        """Refuses models without a Stable Diffusion UNet and motions of another model (ValueError)."""
+        host.prediction_type(model)
+        inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
+        return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))
+
+
+class OneShotTune(io.ComfyNode):
+    """MODEL, the clip's LATENT and its prompt -> tuned MODEL and MOTION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="TAV_OneShotTune",
+            display_name="One-Shot Tune (Tune-A-Video)",
+            category=CATEGORY,
+            description="Tunes a Stable Diffusion model on one clip: only query projections and temporal layers "
+            "learn. The model that comes out inverts and samples videos; the checkpoint stays as it was.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to tune, plain or from Inflate UNet. LoRAs on it are part of what is tuned on.",
+                ),
+                io.Latent.Input("latent", tooltip="The clip, frame by frame, from VAE Encode."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="One sentence that describes the clip, from CLIP Text Encode."
+                ),
+                io.Int.Input(
+                    "steps", default=500, min=1, max=100_000, tooltip="Optimiser steps. 300 to 500 suit most clips."
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=3e-5,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="Of AdamW. The method uses 3e-5.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the timesteps and the noise that are drawn, and of the new layers' weights.",
+                ),
+                io.Combo.Input(
+                    "train_scope",
+                    options=list(TRAIN_SCOPES),
+                    default="all",
+                    tooltip="Which blocks learn. all: as in the paper. middle and up: as the released code really "
+                    "trains; faster, needs less memory.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="What is computed in; the weights that learn are always float32. auto: as the model is "
+                    "run by ComfyUI.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Steps over which the learning rate rises to its value.",
+                ),
+                io.Float.Input(
+                    "gradient_clip",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip="Largest norm of the gradient; 0 = no limit.",
+                ),
+                MotionType.Input(
+                    "motion",
+                    optional=True,
+                    tooltip="Weights to go on from. Without it: the motion that the model carries, else fresh ones.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
+                MotionType.Output(display_name="motion", tooltip="What was learnt, for Save Motion or Inflate UNet."),
+                io.Image.Output(
+                    display_name="loss_curve", tooltip="Loss over steps; thin: each step, thick: its mean."
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        conditioning: Any,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        train_scope: Any,
+        precision: str,
+        warmup_steps: int,
+        gradient_clip: float,
+        motion: Motion | None = None,
+    ) -> io.NodeOutput:
+        """Refuses inputs that don't fit together before any work (ValueError)."""
+        samples = host.check_latent(model, latent)
+        host.prediction_type(model)
+        if len(conditioning) != 1:
+            raise ValueError(
+                f"conditioning: it holds {len(conditioning)} prompts, and a clip is tuned on exactly one. "
+                "Connect one CLIP Text Encode node directly, without Conditioning (Combine)."
+            )
+        host.check_conditioning(model, "conditioning", conditioning, len(samples))
+        inflated = host.inflation_of(model)
+        inflation = inflated.inflation if inflated else Inflation()
+        settings = TuneSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            train_scope=train_scope,
+            warmup_steps=warmup_steps,
+            gradient_clip=gradient_clip,
+        )
+        bar = comfy.utils.ProgressBar(steps)
+
+        def on_step(step: int) -> None:
+            # Raises when the user cancels.
+            bar.update_absolute(step + 1, steps)
+
+        learnt, losses = one_shot_tune(
+            host.deflated(model),
+            samples,
+            conditioning,
+            settings,
+            Inflation(inflation.attention, inflation.pool_group_norm),
+            motion or host.carried_motion(model),
+            PRECISIONS[precision],
+            on_step=on_step,
+        )
+        height, width = samples.shape[-2:]
+        metadata = {
+            "base_family": host.family(model),
+            "prediction_type": host.prediction_type(model),
+            "prompt": source_text(cls.hidden.prompt, cls.hidden.unique_id, "conditioning"),
+            "frame_count": str(len(samples)),
+            "width": str(width * PIXELS_PER_LATENT),
+            "height": str(height * PIXELS_PER_LATENT),
+            "steps": str(steps),
+            "seed": str(seed),
+            "options": json.dumps(
+                {
+                    "learning_rate": learning_rate,
+                    "train_scope": train_scope,
+                    "precision": precision,
+                    "warmup_steps": warmup_steps,
+                    "gradient_clip": gradient_clip,
+                    "attention": inflation.attention,
+                    "group_norm": GROUP_NORM_MODES[0 if inflation.pool_group_norm else 1],
+                }
+            ),
+        }
+        # Half precision from here on, in memory as on disk: what is seen now is what a saved file will give.
+        tuned = Motion(learnt.tensors, metadata).to(torch.float16)
+        out = host.inflate_model(model, Inflation(inflation.attention, inflation.pool_group_norm), tuned)
+        return io.NodeOutput(out, tuned, pictures.loss_curve(losses))

@@ -1,0 +1,1 @@
+"""Tune-A-Video, the method: usable without a ComfyUI server."""

@@ -1,0 +1,98 @@
+"""Attention over video: which frames a frame looks at, as pure functions on tensors.
+
+Layout everywhere: ``rows = videos * frames`` on the batch axis, videos outermost, frames innermost.
+A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``gather_frames``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SpatialMode = Literal["sparse-causal", "first frame only", "full", "per frame"]
+SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
+
+# CUDA's fused attention kernels put batch * heads on a grid axis of 65535 blocks.
+_MAX_FUSED_ROWS = 65535
+
+
+def key_frames(frames: int, mode: SpatialMode) -> list[list[int]]:
+    """The frames whose keys and values each frame's queries attend to in spatial self-attention.
+
+    "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where
+    the previous frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The
+    other modes are ablations.
+    """
+    if mode == "sparse-causal":
+        return [[0, max(i - 1, 0)] for i in range(frames)]
+    if mode == "first frame only":
+        return [[0] for _ in range(frames)]
+    if mode == "full":
+        return [list(range(frames)) for _ in range(frames)]
+    if mode == "per frame":
+        return [[i] for i in range(frames)]
+    raise ValueError(f"attention mode {mode!r} is not one of {', '.join(SPATIAL_MODES)}")
+
+
+def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode) -> Tensor:
+    """Lay the keys (or values) of the frames that each frame attends to side by side.
+
+    ``tokens``: [videos * frames * tiles, n, c]; returns [videos * frames * tiles, n * k, c] with
+    k = 2 for sparse-causal, 1 for first and per frame, ``frames`` for full attention.
+    """
+    if mode == "per frame":
+        return tokens
+    rows, n, c = tokens.shape
+    if rows % (videos * frames):
+        raise ValueError(f"{rows} attention rows are not a multiple of {videos} videos x {frames} frames")
+    tiles = rows // (videos * frames)
+    x = tokens.view(videos, frames, tiles, n, c)
+    first = x[:, :1]
+    if mode == "sparse-causal":
+        previous = torch.cat([first, x[:, :-1]], dim=1)
+        x = torch.cat([first.expand_as(previous), previous], dim=3)
+    elif mode == "first frame only":
+        x = first.expand_as(x)
+    else:
+        x = x.permute(0, 2, 1, 3, 4).reshape(videos, 1, tiles, frames * n, c).expand(-1, frames, -1, -1, -1)
+    return x.reshape(rows, -1, c)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[rows, n, heads * d] -> [rows, heads, n, d] (a view)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head attention by PyTorch's fused kernels. q [rows, n, c], k and v [rows, m, c] -> [rows, n, c]."""
+    out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
+    return out.transpose(1, 2).flatten(2)
+
+
+def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
+    """Full, unmasked attention over the frames of each pixel, without positional encoding.
+
+    q, k, v: [videos * frames, n, c] -> [videos * frames, n, c]. Released code: ``attn_temp``.
+    """
+    rows, n, c = q.shape
+    videos = rows // frames
+
+    def per_pixel(x: Tensor) -> Tensor:
+        x = x.view(videos, frames, n, heads, c // heads).permute(0, 2, 3, 1, 4)
+        return x.reshape(videos * n, heads, frames, c // heads)
+
+    q, k, v = per_pixel(q), per_pixel(k), per_pixel(v)
+    if q.is_cuda and videos * n * heads > _MAX_FUSED_ROWS:
+        step = _MAX_FUSED_ROWS // heads
+        parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.view(videos, n, heads, frames, c // heads).permute(0, 3, 1, 2, 4).reshape(rows, n, c)
+
+
+Attend = Callable[..., Tensor]

@@ -1,0 +1,62 @@
+"""Layers whose weights do not learn: gradients flow through them, none flow to them.
+
+Two reasons not to leave this to autograd. ComfyUI's loaded weights are inference tensors, which autograd
+refuses to save for a backward pass; and the native convolution saves its input even when only the input's
+gradient is wanted. These functions save neither: they keep a callable that yields the weight again, so
+weights that the host keeps elsewhere (offloaded, in another dtype, with a LoRA applied on the fly) are
+fetched a second time instead of being held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WeightAndBias = tuple[Tensor, Tensor | None]
+Fetch = Callable[[Tensor], WeightAndBias]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fetch: Fetch) -> Tensor:
+        ctx.fetch = fetch
+        weight, bias = fetch(x)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, _ = ctx.fetch(grad)
+        return grad @ weight, None
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: torch.nn.Conv2d, fetch: Fetch) -> Tensor:
+        ctx.module, ctx.fetch, ctx.shape = module, fetch, x.shape
+        weight, bias = fetch(x)
+        return module._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        m = ctx.module
+        weight, _ = ctx.fetch(grad)
+        # Only the shape of the input enters its gradient.
+        x = grad.new_empty(1).expand(ctx.shape)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
+        )
+        return dx, None, None
+
+
+def frozen_linear(x: Tensor, fetch: Fetch) -> Tensor:
+    """``F.linear`` with the weight and bias that ``fetch(x)`` yields, in x's dtype and on x's device."""
+    return _FrozenLinear.apply(x, fetch)
+
+
+def frozen_conv2d(x: Tensor, module: torch.nn.Conv2d, fetch: Fetch) -> Tensor:
+    """The convolution of ``module`` with the weight and bias that ``fetch(x)`` yields."""
+    return _FrozenConv2d.apply(x, module, fetch)

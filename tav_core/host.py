@@ -1,0 +1,439 @@
+"""The one file that knows ComfyUI's internals.
+
+Everything of ``comfy`` that the method needs goes through here. Written against ComfyUI 0.3.64 and 0.26.0;
+the engine of November 2024 that PyPI carries (without wrappers or attachments) runs the same code through
+``set_model_unet_function_wrapper``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from . import inflate, trainable
+from .frozen import WeightAndBias
+from .inflate import Inflation, Layout, TemporalLayer
+from .weights import Motion, check_fits
+
+_KEY = "tune-a-video"
+_UNET_PREFIX = "diffusion_model."
+_FAMILIES = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
+
+ModelPatcher = Any
+Conditioning = Any
+
+
+# --- what a MODEL is ---------------------------------------------------------------------------------
+
+
+def unet_of(model: ModelPatcher) -> torch.nn.Module:
+    """The UNet of a MODEL. Raises ValueError for models without one (DiT, video models, audio models)."""
+    unet = getattr(model.model, "diffusion_model", None) or torch.nn.Module()
+    if not inflate.transformer_blocks(unet) or not inflate.pooled_norms(unet):
+        raise ValueError(
+            f"model: {type(model.model).__name__} has no UNet with spatial transformer blocks. Tune-A-Video "
+            "inflates Stable Diffusion 1.x, 2.x and SDXL; load one of those."
+        )
+    if any(hasattr(module, "time_stack") for module in unet.modules()):
+        raise ValueError("model: this UNet is a video model already. Load an image model: SD 1.x, 2.x or SDXL.")
+    return unet
+
+
+def query_shapes(model: ModelPatcher) -> dict[str, torch.Size]:
+    """Shape of every query projection's weight of the model's UNet, by path."""
+    return inflate.query_shapes(unet_of(model))
+
+
+def context_width(model: ModelPatcher) -> int:
+    """Width of the text embedding that the model's cross-attention takes."""
+    block = next(iter(inflate.transformer_blocks(unet_of(model)).values()))
+    return int(block.attn2.to_k.in_features)
+
+
+def family(model: ModelPatcher) -> str:
+    """"SD1", "SD2" or "SDXL"; another width of text embedding is a family of its own."""
+    width = context_width(model)
+    return _FAMILIES.get(width, f"a model of text width {width}")
+
+
+def prediction_type(model: ModelPatcher) -> str:
+    """ "epsilon" or "v". Raises ValueError for other parametrisations (flow, EDM)."""
+    sampling = model.get_model_object("model_sampling")
+    known = comfy.model_sampling
+    if hasattr(sampling, "sigmas") and isinstance(sampling, known.ModelSamplingDiscrete):
+        if isinstance(sampling, known.V_PREDICTION) and not isinstance(sampling, known.EDM):
+            return "v"
+        if isinstance(sampling, known.EPS) and not isinstance(sampling, (known.V_PREDICTION, known.X0)):
+            return "epsilon"
+    raise ValueError(
+        f"model: its sampling ({type(sampling).__mro__[1].__name__}) is neither epsilon- nor v-prediction on "
+        "discrete timesteps. Remove the node that changes it (ModelSampling...), or load another model."
+    )
+
+
+def sigma_table(model: ModelPatcher) -> Tensor:
+    """Noise level per training timestep, [train_steps], ascending."""
+    prediction_type(model)
+    return model.get_model_object("model_sampling").sigmas.detach().to("cpu", torch.float32, copy=True)
+
+
+def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
+    """The samples of a LATENT, [frames, c, h, w]. Raises ValueError if they don't suit the model."""
+    samples = latent["samples"]
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4:
+        raise ValueError(
+            f"latent: its shape is {list(samples.shape)}, but frames must lie on the batch axis: "
+            "[frames, channels, height, width]. Encode the frames with the VAE Encode node of an image model."
+        )
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"latent: it has {samples.shape[1]} channels, the model takes {channels}. "
+            "Encode the clip with the VAE of the model's own checkpoint."
+        )
+    if 0 in samples.shape:
+        raise ValueError(f"latent: it is empty, its shape is {list(samples.shape)}. Load at least one frame.")
+    if not torch.isfinite(samples).all():
+        raise ValueError(
+            "latent: it holds values that are not finite (NaN or infinity). Encode the clip again, "
+            "with the VAE in fp32 if it was fp16."
+        )
+    return samples
+
+
+def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
+    """Refuse a CONDITIONING that the model or the clip cannot take. ``name``: of the input, for the message."""
+    if not conditioning:
+        raise ValueError(f"{name}: it is empty. Connect a CLIP Text Encode node.")
+    width = context_width(model)
+    for embedding, _ in conditioning:
+        if embedding.shape[-1] != width:
+            raise ValueError(
+                f"{name}: its text embedding is {embedding.shape[-1]} wide, {family(model)} takes {width}. "
+                "CLIP and model come from different families: use the CLIP of the model's own checkpoint."
+            )
+        if embedding.shape[0] not in (1, frames):
+            raise ValueError(
+                f"{name}: it holds {embedding.shape[0]} text embeddings for {frames} frames. "
+                "Give one prompt for all frames, or one per frame."
+            )
+
+
+def model_scale(model: ModelPatcher) -> float:
+    """Factor from LATENT scale to the model's own."""
+    return float(model.get_model_object("latent_format").scale_factor)
+
+
+def paste_masked(edited: Tensor, original: Tensor, noise_mask: Tensor) -> Tensor:
+    """``edited`` where a LATENT's noise mask is 1, ``original`` where it is 0; both [frames, c, h, w]."""
+    mask = comfy.sampler_helpers.prepare_mask(noise_mask, edited.shape, edited.device)
+    return edited * mask + original.to(edited) * (1 - mask)
+
+
+def inference_dtype(model: ModelPatcher) -> torch.dtype:
+    """The dtype the host computes the model in."""
+    return model.model.manual_cast_dtype or model.model.get_dtype()
+
+
+# --- inflation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inflated:
+    """What ``inflate_model`` put on a MODEL: kept with it, so that it can be read and taken off again."""
+
+    inflation: Inflation
+    motion: Motion | None
+    query_strength: float
+    deltas: Mapping[str, Tensor]
+
+
+class _HostBackend:
+    """Inflation's needs (``inflate.Backend``) met by the host: its attention, its weight casting."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, **options: Any) -> Tensor:
+        attention = comfy.ldm.modules.attention.optimized_attention
+        if not _passes_options(attention):
+            options.pop("transformer_options", None)
+        return attention(q, k, v, heads, **options)
+
+    def affine(self, norm: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = fetch(norm, x)
+        assert bias is not None
+        return weight, bias
+
+
+def _passes_options(attention: Callable[..., Tensor]) -> bool:
+    parameters = inspect.signature(attention).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or p.name == "transformer_options" for p in parameters)
+
+
+def fetch(module: torch.nn.Module, x: Tensor) -> WeightAndBias:
+    """Weight and bias of a UNet layer for use with x: cast, moved and patched as the host would."""
+    if hasattr(module, "comfy_cast_weights"):
+        return comfy.ops.cast_bias_weight(module, x)
+    return module.weight.to(x), None if module.bias is None else module.bias.to(x)  # type: ignore[return-value]
+
+
+def inflation_of(model: ModelPatcher) -> Inflated | None:
+    """What inflation a MODEL carries, if any."""
+    return getattr(model, "attachments", {}).get(_KEY)
+
+
+def inflate_model(
+    model: ModelPatcher,
+    inflation: Inflation,
+    motion: Motion | None = None,
+    query_strength: float = 1.0,
+) -> ModelPatcher:
+    """A clone of a MODEL that sees its batch as frames of video; replaces an inflation it carries already.
+
+    ``motion``: tuned weights; their query deltas are weight patches of ``query_strength``, which stack with
+    LoRAs in any order. The loaded model itself is not touched. Raises ValueError for models and motions that
+    don't fit.
+    """
+    unet = unet_of(model)
+    if motion is not None:
+        check_fits(motion, inflate.query_shapes(unet), family(model))
+    model = deflated(model)
+    layers: dict[str, TemporalLayer] = {}
+    deltas: dict[str, Tensor] = {}
+    if motion is not None:
+        deltas = motion.query_deltas()
+        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in deltas.items()}
+        model.add_patches(patches, query_strength)
+        root = inflate.build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(model))
+        layers = inflate.temporal_layers(root)
+        if layers:
+            patcher = comfy.model_patcher.ModelPatcher(root, model.load_device, model.offload_device)
+            _add_model(model, patcher)
+    _wrap(model, inflation, layers)
+    if hasattr(model, "set_attachments"):
+        model.set_attachments(_KEY, Inflated(inflation, motion, query_strength, deltas))
+    return model
+
+
+def _add_model(model: ModelPatcher, patcher: ModelPatcher) -> None:
+    if hasattr(model, "set_additional_models"):
+        model.set_additional_models(_KEY, [patcher])
+
+
+def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
+    """Have every evaluation of the model run inflated."""
+
+    def swaps(base_model: torch.nn.Module, rows: int, transformer_options: Mapping[str, Any]) -> Any:
+        unet = base_model.diffusion_model
+        # The host runs several conditionings in one batch, each a whole video.
+        videos = len(transformer_options.get("cond_or_uncond", ())) or 1
+        layout = Layout(frames=rows // videos, videos=videos)
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
+        forwards = inflate.inflated_forwards(unet, inflation, layers, layout, _HostBackend())  # type: ignore[arg-type]
+        return inflate.swapped(forwards)
+
+    if hasattr(model, "add_wrapper_with_key"):
+        # Around apply_model, not around the UNet's forward: so the swaps also enclose a compiled UNet.
+        def apply_model(
+            executor: Any,
+            x: Tensor,
+            t: Tensor,
+            c_concat: Tensor | None = None,
+            c_crossattn: Tensor | None = None,
+            control: Any = None,
+            transformer_options: Mapping[str, Any] = {},  # noqa: B006 - the host's own signature; only read
+            **kwargs: Any,
+        ) -> Tensor:
+            with swaps(executor.class_obj, x.shape[0], transformer_options):
+                return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
+    else:
+
+        def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
+            with swaps(apply_model.__self__, args["input"].shape[0], args["c"]["transformer_options"]):
+                return apply_model(args["input"], args["timestep"], **args["c"])
+
+        model.set_model_unet_function_wrapper(unet_function)
+
+
+def deflated(model: ModelPatcher) -> ModelPatcher:
+    """A clone of a MODEL without inflation and motion; LoRAs and everything else stay."""
+    inflated = inflation_of(model)
+    model = model.clone()
+    if inflated is None:
+        return model
+    ours = {id(delta) for delta in inflated.deltas.values()}
+    for path in inflated.deltas:
+        key = _UNET_PREFIX + path
+        others = [patch for patch in model.patches.get(key, []) if not _holds(patch, ours)]
+        if others:
+            model.patches[key] = others
+        else:
+            model.patches.pop(key, None)
+    model.add_patches({})  # gives the changed set of patches an identity of its own
+    model.remove_additional_models(_KEY)
+    model.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY)
+    model.remove_attachments(_KEY)
+    return model
+
+
+def _holds(patch: tuple[Any, ...], tensors: set[int]) -> bool:
+    value = patch[1]
+    return isinstance(value, tuple) and value[0] == "diff" and id(value[1][0]) in tensors
+
+
+def carried_motion(model: ModelPatcher) -> Motion | None:
+    """The motion a MODEL carries, at the strengths it carries it with."""
+    inflated = inflation_of(model)
+    if inflated is None or inflated.motion is None:
+        return None
+    strength = {".diff": inflated.query_strength, ".to_out.0.weight": inflated.inflation.temporal_strength}
+    strength[".to_out.0.bias"] = strength[".to_out.0.weight"]
+    scaled = {
+        key: value * next((s for suffix, s in strength.items() if key.endswith(suffix)), 1.0)
+        for key, value in inflated.motion.tensors.items()
+    }
+    return replace(inflated.motion, tensors=scaled)
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingUNet:
+    """A loaded UNet to tune on a clip; made by ``training_unet``.
+
+    ``latents``: the clip [frames, c, h, w], float32, in the UNet's own (variance-preserving) scale.
+    ``sigmas``: noise level per training timestep. ``prediction``: "epsilon" or "v".
+    """
+
+    unet: torch.nn.Module
+    latents: Tensor
+    sigmas: Tensor
+    prediction: str
+    context: Tensor
+    extra: Mapping[str, Tensor]
+    concat: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def weight(self, path: str) -> Tensor:
+        """A copy of a layer's weight as the model uses it (LoRAs applied), float32, on the device."""
+        weight, _ = fetch(self.unet.get_submodule(path), torch.empty(0, device=self.device))
+        return weight.detach().clone()
+
+    @contextmanager
+    def prepared(
+        self, inflation: Inflation, layers: Mapping[str, TemporalLayer], queries: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Within: ``predict`` is inflated and differentiable in the temporal layers and ``queries``."""
+        backend = trainable.TrainingBackend(fetch)
+        layout = Layout(frames=self.latents.shape[0], videos=1)
+        forwards = trainable.training_forwards(self.unet, queries, self.context, fetch, backend)
+        with inflate.swapped(forwards):
+            inflated = inflate.inflated_forwards(self.unet, inflation, layers, layout, backend)
+            with inflate.swapped(inflated):
+                yield
+
+    def predict(self, noisy: Tensor, timestep: int) -> Tensor:
+        """The UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale."""
+        x = noisy if self.concat is None else torch.cat([noisy, self.concat], dim=1)
+        frames = x.shape[0]
+        t = torch.full((frames,), float(timestep), device=self.device)
+        context = self.context.expand(frames, -1, -1)
+        out = self.unet(x.to(self.dtype), t, context=context, transformer_options={}, **self.extra)
+        return out.float()
+
+
+@contextmanager
+def training_unet(
+    model: ModelPatcher, latents: Tensor, conditioning: Conditioning, precision: torch.dtype | None
+) -> Iterator[TrainingUNet]:
+    """Load a MODEL onto its device and leave inference mode, for as long as the context lasts.
+
+    Nodes run in inference mode, where nothing can be differentiated. The loaded weights stay the host's and
+    are only read.
+    """
+    dtype = precision or inference_dtype(model)
+    comfy.model_management.load_models_gpu([model], memory_required=model.memory_required(latents.shape))
+    device = model.load_device
+    with torch.inference_mode(False), torch.enable_grad():
+        x0 = model.model.process_latent_in(latents.detach().clone().float().to(device))
+        conds = comfy.sampler_helpers.convert_cond(conditioning)
+        conds = comfy.samplers.encode_model_conds(
+            model.model.extra_conds, conds, x0, device, "positive", latent_image=x0, denoise_mask=None, seed=0
+        )[0]["model_conds"]
+
+        def ready(value: Tensor) -> Tensor:
+            return value.detach().clone().to(device, dtype)
+
+        frames = x0.shape[0]
+        extra = {
+            key: ready(cond.process_cond(batch_size=frames, area=None).cond)
+            for key, cond in conds.items()
+            if key not in ("c_crossattn", "c_concat")
+        }
+        concat = conds.get("c_concat")
+        yield TrainingUNet(
+            unet=unet_of(model),
+            latents=x0,
+            sigmas=sigma_table(model),
+            prediction=prediction_type(model),
+            context=ready(conds["c_crossattn"].cond),
+            extra=extra,
+            concat=None if concat is None else ready(concat.process_cond(batch_size=frames, area=None).cond).float(),
+            device=device,
+            dtype=dtype,
+        )
+
+
+# --- sampling ----------------------------------------------------------------------------------------
+
+
+def run_sampler(
+    model: ModelPatcher,
+    sampler: Callable[..., Tensor],
+    sigmas: Tensor,
+    positive: Conditioning,
+    negative: Conditioning,
+    guidance: float,
+    latent: Tensor,
+    noise: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    seed: int = 0,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Run a sampler function through the host's guider, so that whatever chains with a MODEL applies.
+
+    ``latent`` [frames, c, h, w] in LATENT scale; ``noise`` is what is added to it at sigmas[0], none by
+    default. ``options`` go to the sampler function. Returns samples in LATENT scale.
+    """
+    return comfy.sample.sample_custom(
+        model,
+        torch.zeros_like(latent) if noise is None else noise,
+        guidance,
+        comfy.samplers.KSAMPLER(partial(sampler, **options)),
+        sigmas,
+        positive,
+        negative,
+        latent,
+        noise_mask=noise_mask,
+        callback=callback,
+        disable_pbar=callback is None,
+        seed=seed,
+    )

@@ -1,0 +1,146 @@
+"""MOTION: what one-shot tuning learns, and the one safetensors file it is kept in.
+
+Keys are LDM paths inside the UNet: ``<block>.attn1.to_q.diff`` and ``<block>.attn2.to_q.diff`` [c, c], the
+difference that tuning makes to a query projection, and ``<block>.attn_temp.to_q|to_k|to_v.weight`` [c, c],
+``<block>.attn_temp.to_out.0.weight|bias``, ``<block>.norm_temp.weight|bias`` [c], the temporal layers;
+``<block>`` is for instance ``input_blocks.1.1.transformer_blocks.0``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "tune-a-video motion"
+FORMAT_VERSION = 1
+QUERY_SUFFIX = ".diff"
+TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Tuned weights and how they came about.
+
+    ``tensors``: see the module's text. ``metadata``: strings; base_family (SD1, SD2, SDXL), prediction_type
+    (epsilon, v), prompt, frame_count, width, height (pixels), steps, seed, options (JSON).
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def query_deltas(self) -> dict[str, Tensor]:
+        """Deltas by the path of the weight they belong to, e.g. ``<block>.attn1.to_q.weight``."""
+        return {
+            key.removesuffix(QUERY_SUFFIX) + ".weight": value
+            for key, value in self.tensors.items()
+            if key.endswith(QUERY_SUFFIX)
+        }
+
+    def temporal(self) -> dict[str, Tensor]:
+        """Weights of the temporal layers by their path."""
+        return {key: value for key, value in self.tensors.items() if any(m in key for m in TEMPORAL_MARKS)}
+
+    def to(self, dtype: torch.dtype) -> Motion:
+        """The same motion with its tensors in another dtype, on the CPU."""
+        tensors = {key: value.to("cpu", dtype).contiguous() for key, value in self.tensors.items()}
+        return Motion(tensors, self.metadata)
+
+
+def save_motion(motion: Motion, path: Path) -> None:
+    """Write a motion file under a temporary name beside ``path``, then rename: never a half-written file."""
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **motion.metadata}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(dict(motion.tensors), temporary, metadata=metadata)
+        # mkstemp makes the file private to its owner; a model file is for whoever may read its folder.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_motion(path: Path) -> Motion:
+    """Read a motion file. Raises ValueError, naming the file and the remedy, for anything else."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path.name} is a safetensors file, but not a Tune-A-Video motion. "
+                    "Choose a file written by Save Motion."
+                )
+            version = metadata.pop("format_version", "")
+            if not version.isdigit() or int(version) > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path.name} has motion format version {version or 'unknown'}; this version of the pack "
+                    f"reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
+                )
+            # Copied out of the memory map, so the file may be replaced while they are in use.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path.name} cannot be read as a motion file ({error}). It is damaged or incomplete: "
+            "copy it again, or tune again."
+        ) from error
+    del metadata["format"]
+    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ValueError(f"{path.name} holds values that are not finite (first in {bad}). Tune again.")
+    return Motion(tensors, metadata)
+
+
+def check_fits(motion: Motion, query_shapes: Mapping[str, torch.Size], family: str) -> None:
+    """Refuse a motion that does not belong to a UNet, naming the first key and both shapes.
+
+    ``query_shapes``: shape of every ``<block>.attn1|attn2.to_q.weight`` of the UNet. ``family``: the
+    model's base family. Raises ValueError.
+    """
+    tuned_on = motion.metadata.get("base_family", family)
+    if tuned_on != family:
+        raise ValueError(
+            f"The motion was tuned on {tuned_on}, but the model is {family}. "
+            "Load a motion of the model's own family, or a checkpoint of the motion's."
+        )
+    if not motion.tensors:
+        raise ValueError("The motion holds no weights. Tune again.")
+    for key, value in sorted(motion.tensors.items()):
+        expected = _expected_shape(key, query_shapes)
+        if expected is None:
+            raise ValueError(f"The motion's {key} has no place in this model. Is it from another architecture?")
+        if value.shape != expected:
+            raise ValueError(
+                f"The motion does not fit the model: {key} is {list(value.shape)}, "
+                f"the model needs {list(expected)}."
+            )
+
+
+def _expected_shape(key: str, query_shapes: Mapping[str, torch.Size]) -> torch.Size | None:
+    if key.endswith(QUERY_SUFFIX):
+        return query_shapes.get(key.removesuffix(QUERY_SUFFIX) + ".weight")
+    for mark in TEMPORAL_MARKS:
+        block, found, leaf = key.partition(mark)
+        query = query_shapes.get(f"{block}.attn1.to_q.weight")
+        if found and query is not None:
+            inner, channels = query
+            vector = leaf.endswith("bias") or mark == ".norm_temp."
+            if leaf == "to_out.0.weight":
+                return torch.Size((channels, inner))
+            return torch.Size((channels,)) if vector else torch.Size((inner, channels))
+    return None

@@ -1,0 +1,285 @@
+"""Inflation of any UNet: what it equals, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host, inflate
+from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, gather_frames, key_frames, temporal_attend
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.norm import pooled_group_norm
+from tune_a_video.tav_core.trainable import in_scope
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+SIZES = ["tiny", "tiny-v", "tiny-sdxl"]
+
+
+def random_motion(model: Any, seed: int = 1, scale: float = 0.1) -> Motion:
+    """A motion in which every weight matters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(shape: Any) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    tensors = {key.replace(".weight", ".diff"): drawn(shape) for key, shape in host.query_shapes(model).items()}
+    for key, value in inflate.initial_temporal(host.unet_of(model), lambda path: True, seed).items():
+        tensors[key] = value + drawn(value.shape)
+    return Motion(tensors)
+
+
+def conditioning(model: Any, rows: int = 1, seed: int = 2) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(rows, 7, host.context_width(model), generator=generator)
+    return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+
+
+def latent(frames: int = 3, seed: int = 3) -> Tensor:
+    return torch.randn(frames, 4, 8, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model: Any, x: Tensor, positive: Any, negative: Any = None, guidance: float = 1.0) -> Tensor:
+    """One Euler step through the host's guider."""
+    with torch.inference_mode():
+        sigmas = torch.tensor([5.0, 1.0])
+
+        def step(denoiser: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
+            return denoiser(x, sigmas[0] * x.new_ones([x.shape[0]]), **extra_args)
+
+        return host.run_sampler(model, step, sigmas, positive, negative or positive, guidance, x)
+
+
+@pytest.mark.parametrize("mode", SPATIAL_MODES)
+def test_gathered_keys_are_those_of_the_named_frames(mode: Any) -> None:
+    frames, videos, tiles, n, c = 4, 2, 3, 5, 6
+    tokens = torch.randn(videos * frames * tiles, n, c)
+    by_frame = tokens.view(videos, frames, tiles, n, c)
+    gathered = gather_frames(tokens, frames, videos, mode).view(videos, frames, tiles, -1, c)
+    for i, keys in enumerate(key_frames(frames, mode)):
+        expected = torch.cat([by_frame[:, k] for k in keys], dim=2)
+        assert torch.equal(gathered[:, i], expected)
+
+
+def test_sparse_causal_frames() -> None:
+    assert key_frames(4, "sparse-causal") == [[0, 0], [0, 0], [0, 1], [0, 2]]
+
+
+def test_rows_that_are_no_whole_videos_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 attention rows"):
+        gather_frames(torch.zeros(5, 2, 2), 2, 2, "sparse-causal")
+
+
+def test_temporal_attention_is_attention_over_the_frames_of_each_pixel() -> None:
+    frames, videos, n, heads, d = 5, 2, 3, 2, 4
+    q, k, v = (torch.randn(videos * frames, n, heads * d) for _ in range(3))
+    out = temporal_attend(q, k, v, heads, frames).view(videos, frames, n, -1)
+    for video in range(videos):
+        for pixel in range(n):
+            rows = [t.view(videos, frames, n, -1)[video, :, pixel][None] for t in (q, k, v)]
+            torch.testing.assert_close(out[video, :, pixel], attend(*rows, heads)[0])
+
+
+def test_pooled_group_norm_is_group_norm_of_the_video() -> None:
+    frames, videos, c, groups = 3, 2, 8, 4
+    x = torch.randn(videos * frames, c, 4, 5, dtype=torch.float64, requires_grad=True) + 2
+    weight, bias = torch.randn(c, dtype=torch.float64), torch.randn(c, dtype=torch.float64)
+    ours = pooled_group_norm(x, frames, groups, weight, bias, 1e-5)
+    five_d = x.unflatten(0, (videos, frames)).transpose(1, 2)
+    theirs = torch.nn.functional.group_norm(five_d, groups, weight, bias, 1e-5).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(x)
+    (ours_dx,) = torch.autograd.grad(ours, x, g, retain_graph=True)
+    (theirs_dx,) = torch.autograd.grad(theirs, x, g)
+    torch.testing.assert_close(ours_dx, theirs_dx, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_frame_of_a_fresh_inflation_is_the_plain_model(size: str) -> None:
+    model = build_model(UNETS[size], prediction="v" if size == "tiny-v" else "epsilon")
+    fresh = Motion(inflate.initial_temporal(host.unet_of(model), lambda path: True, 0))
+    x, cond = latent(1), conditioning(model)
+    torch.testing.assert_close(
+        sample(host.inflate_model(model, Inflation(), fresh), x, cond), sample(model, x, cond), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_part_of_the_inflation_matters(size: str) -> None:
+    model = build_model(UNETS[size])
+    motion, x, cond = random_motion(model), latent(), conditioning(model)
+
+    def run(inflation: Inflation, motion: Motion | None = motion, strength: float = 1.0) -> Tensor:
+        return sample(host.inflate_model(model, inflation, motion, strength), x, cond)
+
+    full = run(Inflation())
+    variants = {
+        "plain": sample(model, x, cond),
+        "no motion": run(Inflation(), None),
+        "first frame": run(Inflation("first frame only")),
+        "full": run(Inflation("full")),
+        "per frame": run(Inflation("per frame")),
+        "norm per frame": run(Inflation(pool_group_norm=False)),
+        "temporal off": run(Inflation(temporal_strength=0)),
+        "temporal half": run(Inflation(temporal_strength=0.5)),
+        "queries off": run(Inflation(), strength=0),
+    }
+    for name, other in variants.items():
+        assert float((full - other).norm() / full.norm()) > 1e-4, name
+    nothing = run(Inflation("per frame", False, 0.0), strength=0)
+    torch.testing.assert_close(nothing, variants["plain"], rtol=1e-4, atol=1e-4)
+
+
+def test_frames_of_one_video_do_not_reach_into_another() -> None:
+    """Conditionings that the host batches: batched, alone, and in any number, all give the same."""
+    model = build_model(UNETS["tiny"])
+    inflated = host.inflate_model(model, Inflation(), random_motion(model))
+    x = latent()
+    a, b, c = (conditioning(model, seed=seed) for seed in (5, 6, 7))
+    alone = [sample(inflated, x, cond) for cond in (a, b, c)]
+    guided = sample(inflated, x, a, b, guidance=3.0)
+    torch.testing.assert_close(guided, alone[1] + 3 * (alone[0] - alone[1]), rtol=1e-3, atol=1e-3)
+    combined = sample(inflated, x, a + c, b, guidance=3.0)
+    mean = (alone[0] + alone[2]) / 2
+    torch.testing.assert_close(combined, alone[1] + 3 * (mean - alone[1]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_is_itself_again_after_a_call_that_failed() -> None:
+    model = build_model(UNETS["tiny"])
+    unet = host.unet_of(model)
+    before = sample(model, latent(), conditioning(model))
+    state = {name: dict(module.__dict__) for name, module in unet.named_modules()}
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+    inflated = host.inflate_model(model, Inflation(), random_motion(model))
+
+    class CancelledError(Exception):
+        pass
+
+    def cancel(*_: Any) -> None:
+        raise CancelledError
+
+    handle = unet.output_blocks[0][0].register_forward_hook(cancel)
+    with pytest.raises(CancelledError):
+        sample(inflated, latent(), conditioning(model))
+    handle.remove()
+    for name, module in unet.named_modules():
+        assert module.__dict__.get("forward") is state[name].get("forward"), name
+    assert torch.equal(sample(model, latent(), conditioning(model)), before)
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
+    assert set(unet.state_dict()) == set(weights)
+
+
+def test_a_swap_by_another_pack_survives() -> None:
+    model = build_model(UNETS["tiny"])
+    block = next(iter(inflate.transformer_blocks(host.unet_of(model)).values()))
+    calls = []
+    original = block.forward
+
+    def theirs(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = theirs
+    sample(host.inflate_model(model, Inflation(), random_motion(model)), latent(), conditioning(model))
+    assert calls and block.forward is theirs
+
+
+@pytest.mark.comfyui
+def test_inflating_twice_is_inflating_once() -> None:
+    model = build_model(UNETS["tiny"])
+    first, second = random_motion(model, 1), random_motion(model, 2)
+    x, cond = latent(), conditioning(model)
+    once = sample(host.inflate_model(model, Inflation(), second), x, cond)
+    other = {"diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight": 0.3}
+    twice = host.inflate_model(host.inflate_model(model, Inflation(), first), Inflation(), second)
+    assert torch.equal(sample(twice, x, cond), once)
+    plain = sample(model, x, cond)
+    assert torch.equal(sample(host.deflated(twice), x, cond), plain)
+
+    # What other nodes put on the model, before or after, stays when the inflation goes.
+    patched = model.clone()
+    key = next(iter(other))
+    patch = {key: ("diff", (torch.full(model.model_state_dict()[key].shape, 0.01),))}
+    patched.add_patches(patch)
+    inflated = host.inflate_model(model, Inflation(), first)
+    inflated.add_patches(patch)
+    assert torch.equal(sample(host.deflated(inflated), x, cond), sample(patched, x, cond))
+
+
+@pytest.mark.comfyui
+def test_carried_motion_has_its_strengths_applied() -> None:
+    model = build_model(UNETS["tiny"])
+    motion, x, cond = random_motion(model), latent(), conditioning(model)
+    weak = host.inflate_model(model, Inflation(temporal_strength=0.5), motion, query_strength=0.3)
+    carried = host.carried_motion(weak)
+    again = sample(host.inflate_model(model, Inflation(), carried), x, cond)
+    torch.testing.assert_close(again, sample(weak, x, cond), rtol=1e-4, atol=1e-4)
+
+
+def test_scopes() -> None:
+    blocks = inflate.transformer_blocks(host.unet_of(build_model(UNETS["tiny"])))
+    later = [path for path in blocks if in_scope(path, "middle and up")]
+    assert {path.split(".")[0] for path in blocks} == {"input_blocks", "middle_block", "output_blocks"}
+    assert {path.split(".")[0] for path in later} == {"middle_block", "output_blocks"}
+
+
+def test_sd15_has_the_papers_parameters() -> None:
+    """74.35 M trained, in 16 blocks, on the shapes alone."""
+    config = {**UNETS["sd15"], "device": "meta"}
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+
+    unet = openaimodel.UNetModel(**config)
+    temporal = 4 * sum(shape[0] * shape[1] + shape[0] / 4 for k, shape in inflate.query_shapes(unet).items() if "attn1" in k)
+    queries = sum(shape[0] * shape[1] for shape in inflate.query_shapes(unet).values())
+    assert len(inflate.transformer_blocks(unet)) == 16
+    assert round((temporal + queries) / 1e6, 2) == 74.35
+
+
+def test_models_without_a_unet_are_refused() -> None:
+    model = build_model(UNETS["tiny"])
+    model.model.diffusion_model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has no UNet with spatial transformer blocks.*Stable Diffusion"):
+        host.inflate_model(model, Inflation())
+
+
+def test_unknown_prediction_types_are_refused() -> None:
+    import comfy.model_sampling
+
+    model = build_model(UNETS["tiny"])
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    model.add_object_patch("model_sampling", Flow())
+    with pytest.raises(ValueError, match="neither epsilon- nor v-prediction"):
+        host.prediction_type(model)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(2, 16, 8, 8), "16 channels, the model takes 4"),
+        (torch.zeros(1, 4, 3, 8, 8), r"frames must lie on the batch axis"),
+        (torch.zeros(0, 4, 8, 8), "empty"),
+        (torch.full((2, 4, 8, 8), float("nan")), "not finite"),
+    ],
+)
+def test_latents_that_do_not_suit_the_model_are_refused(samples: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^latent: .*{message}"):
+        host.check_latent(build_model(UNETS["tiny"]), {"samples": samples})
+
+
+def test_conditionings_that_do_not_suit_are_refused() -> None:
+    model = build_model(UNETS["tiny"])
+    host.check_conditioning(model, "positive", conditioning(model), 3)
+    host.check_conditioning(model, "positive", conditioning(model, rows=3), 3)
+    with pytest.raises(ValueError, match="^positive: it is empty"):
+        host.check_conditioning(model, "positive", [], 3)
+    with pytest.raises(ValueError, match="^positive: it holds 2 text embeddings for 3 frames"):
+        host.check_conditioning(model, "positive", conditioning(model, rows=2), 3)
+    with pytest.raises(ValueError, match="^positive: its text embedding is 1024 wide.*takes 32"):
+        host.check_conditioning(model, "positive", [[torch.zeros(1, 7, 1024), {}]], 3)

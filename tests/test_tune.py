@@ -1,0 +1,167 @@
+"""One-shot tuning: that it learns, what it leaves alone, that it stops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.sample import ddim_sample
+from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune, seeded_draw
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+LATENT_SCALE = 0.18215
+
+
+@pytest.fixture(autouse=True)
+def on_the_server() -> Any:
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+def clip(frames: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(1, 4, 8, 8, generator=generator)
+    return torch.cat([still.roll(i, dims=-1) for i in range(frames)]) / LATENT_SCALE
+
+
+def conditioning(model: Any) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.randn(1, 7, host.context_width(model), generator=generator)
+    return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+
+
+def tune(model: Any, steps: int = 3, **options: Any) -> tuple[Motion, list[float]]:
+    settings = {key: options.pop(key) for key in list(options) if key in TuneSettings.__dataclass_fields__}
+    return one_shot_tune(model, clip(), conditioning(model), TuneSettings(steps=steps, **settings), **options)
+
+
+@pytest.mark.parametrize(("size", "prediction"), [("tiny", "epsilon"), ("tiny-v", "v"), ("tiny-sdxl", "epsilon")])
+def test_tuning_lowers_the_loss_on_the_clip(size: str, prediction: str) -> None:
+    model = build_model(UNETS[size], prediction=prediction)
+    timestep, noise = seeded_draw(clip(), 1000, 5)(0)
+    _, losses = tune(model, 25, learning_rate=3e-3, draw=lambda step: (timestep, noise))
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(dtype: torch.dtype) -> None:
+    model = build_model(UNETS["tiny"])
+    _, full = tune(model, 4, learning_rate=1e-3)
+    motion, half = tune(model, 4, learning_rate=1e-3, precision=dtype)
+    assert half == pytest.approx(full, rel=0.05)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in motion.tensors.values())
+
+
+def test_same_seed_same_weights() -> None:
+    model = build_model(UNETS["tiny"])
+    (first, _), (again, _), (other, _) = tune(model), tune(model), tune(model, seed=1)
+    assert first.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(value, again.tensors[key]) for key, value in first.tensors.items())
+    assert any(not torch.equal(value, other.tensors[key]) for key, value in first.tensors.items())
+
+
+def test_middle_and_up_leaves_the_down_blocks_alone() -> None:
+    motion, _ = tune(build_model(UNETS["tiny"]), train_scope="middle and up")
+    assert motion.tensors and not any(key.startswith("input_blocks") for key in motion.tensors)
+
+
+def test_going_on_starts_where_tuning_stopped() -> None:
+    model = build_model(UNETS["tiny"])
+    timestep, noise = seeded_draw(clip(), 1000, 5)(0)
+
+    def draw(step: int) -> tuple[int, Tensor]:
+        return timestep, noise
+
+    motion, losses = tune(model, 8, learning_rate=1e-3, draw=draw)
+    _, more = tune(model, 1, learning_rate=1e-3, draw=draw, motion=motion)
+    assert more[0] < min(losses)
+    # The down blocks of a motion stay in it when only the rest is tuned further.
+    further, _ = tune(model, 2, motion=motion, train_scope="middle and up")
+    for key, value in motion.tensors.items():
+        same = torch.allclose(further.tensors[key], value, rtol=0, atol=1e-7)
+        assert same == (key.startswith("input_blocks") or ".norm_temp." in key), key
+
+
+def test_lora_is_part_of_what_is_tuned_on_and_not_of_the_motion() -> None:
+    model = build_model(UNETS["tiny"])
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    lora = model.clone()
+    lora.add_patches({key: ("diff", (torch.full((64, 64), 0.05),))})
+    plain, _ = tune(model, 1)
+    motion, losses = tune(lora, 1)
+    delta = motion.query_deltas()[key.removeprefix("diffusion_model.")]
+    assert float(delta.abs().max()) < 2 * TuneSettings.learning_rate
+    assert losses != tune(model, 1)[1]
+    assert plain.tensors.keys() == motion.tensors.keys()
+
+
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_cancelling_leaves_the_model_as_it_was(stop_at: int) -> None:
+    model = build_model(UNETS["tiny"])
+    unet = host.unet_of(model)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+
+    class CancelledError(Exception):
+        pass
+
+    def on_step(step: int) -> None:
+        if step == stop_at:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        tune(model, 5, on_step=on_step)
+    assert not any("forward" in module.__dict__ for module in unet.modules())
+    assert torch.is_inference_mode_enabled()
+    after = unet.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(value.is_inference() for value in after.values()), "the host's own tensors were replaced"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(RuntimeError, match="stopped being a finite number.*Lower learning_rate"):
+        tune(build_model(UNETS["tiny"]), 20, draw=lambda step: (500, torch.full((3, 4, 8, 8), float("nan"))))
+
+
+def test_a_motion_of_another_model_is_refused() -> None:
+    motion, _ = tune(build_model(UNETS["tiny-sdxl"]), 1)
+    with pytest.raises(ValueError, match="has no place in this model|does not fit the model"):
+        tune(build_model(UNETS["tiny"]), motion=motion)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_inverting_and_sampling_gives_the_clip_back(prediction: str) -> None:
+    """At guidance 1 with the same prompt, the more closely the more steps."""
+    model = build_model(UNETS["tiny"], prediction=prediction)
+    # Random networks bend the path more than trained ones: a weaker head makes it as smooth as theirs.
+    host.unet_of(model).out[2].weight.mul_(0.05)
+    motion, _ = tune(model, 5)
+    tuned = host.inflate_model(model, Inflation(), motion)
+    table, cond, x = host.sigma_table(tuned), conditioning(model), clip()
+    errors = []
+    for steps in (5, 50):
+        up, down = schedule.inversion_sigmas(table, steps), schedule.sampling_sigmas(table, steps)
+        inverted = host.run_sampler(tuned, ddim_invert, up, cond, cond, 1.0, x)
+        back = host.run_sampler(tuned, ddim_sample, down, cond, cond, 1.0, inverted)
+        errors.append(float((back - x).norm() / x.norm()))
+    assert errors[1] < errors[0] / 2, errors
+
+
+def test_eta_draws_noise_by_its_seed() -> None:
+    model = build_model(UNETS["tiny"])
+    inflated = host.inflate_model(model, Inflation())
+    cond = conditioning(model)
+    sigmas = schedule.sampling_sigmas(host.sigma_table(model), 4)
+
+    def run(eta: float, seed: int) -> Tensor:
+        return host.run_sampler(inflated, ddim_sample, sigmas, cond, cond, 1.0, clip(), eta=eta, noise_seed=seed)
+
+    assert torch.equal(run(0.0, 1), run(0.0, 2))
+    assert torch.equal(run(0.5, 1), run(0.5, 1))
+    assert not torch.equal(run(0.5, 1), run(0.5, 2))

@@ -1,0 +1,794 @@
+"""LoadVideo and SaveVideo. Clips are made here with ffmpeg; each frame shows its own number in black and white."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from tune_a_video.tav_core import video
+
+WIDTH, HEIGHT, BITS = 96, 64, 8
+GROUPS = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-pix_fmt", "yuv420p"]
+
+
+def ffmpeg(*arguments: str | Path, stdin: bytes = b"") -> bytes:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, stdout=subprocess.PIPE, check=True).stdout
+
+
+def numbered(count: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """Frames [count, height, width, 3] uint8: column b is white if bit b of the frame's number is set."""
+    column = np.arange(width) * BITS // width
+    lit = (np.arange(count)[:, None] >> column) & 1
+    return np.broadcast_to((lit * 255).astype(np.uint8)[:, None, :, None], (count, height, width, 3)).copy()
+
+
+def numbers(images: Tensor) -> list[int]:
+    """The numbers that frames [F, H, W, 3] show, whatever their size."""
+    parts = images.mean(dim=(1, 3)).tensor_split(BITS, dim=1)
+    return [sum(int(part[frame].mean() > 0.5) << bit for bit, part in enumerate(parts)) for frame in range(len(images))]
+
+
+def make_clip(path: Path, *options: str, count: int = 50, fps: str = "25", size: tuple[int, int] = (WIDTH, HEIGHT)):
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-r", fps, "-i", "-"]
+    ffmpeg(*raw, *(options or GROUPS), path, stdin=numbered(count, *size).tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Good clips of 50 numbered frames (edit.mp4 hides its first ones), in containers that index differently."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = {
+        "plain.mp4": make_clip(folder / "plain.mp4"),
+        "open.mp4": make_clip(folder / "open.mp4", *GROUPS, "-x264-params", "open-gop=1:bframes=4"),
+        "long.mkv": make_clip(folder / "long.mkv", "-c:v", "libx264", "-g", "500", "-pix_fmt", "yuv420p"),
+        "plain.webm": make_clip(folder / "plain.webm", "-c:v", "libvpx-vp9", "-g", "20", "-pix_fmt", "yuv420p"),
+        "plain.avi": make_clip(folder / "plain.avi", "-c:v", "mpeg4", "-q:v", "2"),
+        "plain.gif": make_clip(folder / "plain.gif", "-c:v", "gif"),
+        "odd.mp4": make_clip(folder / "odd.mp4", "-c:v", "libx264", "-pix_fmt", "yuv444p", size=(97, 63)),
+        "ten.mp4": make_clip(folder / "ten.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p10le"),
+        "full.mp4": make_clip(folder / "full.mp4", "-c:v", "libx264", "-pix_fmt", "yuvj420p"),
+    }
+    made["plain.ts"] = folder / "plain.ts"
+    ffmpeg("-i", made["plain.mp4"], "-c", "copy", made["plain.ts"])
+    made["edit.mp4"] = folder / "edit.mp4"
+    ffmpeg("-ss", "0.8", "-i", made["plain.mp4"], "-c", "copy", made["edit.mp4"])
+    made["one.mp4"] = make_clip(folder / "one.mp4", count=1)
+    return made
+
+
+def first_number(name: str) -> int:
+    return 20 if name == "edit.mp4" else 0
+
+
+SEEKABLE = [
+    "plain.mp4",
+    "open.mp4",
+    "long.mkv",
+    "plain.webm",
+    "plain.avi",
+    "plain.gif",
+    "odd.mp4",
+    "ten.mp4",
+    "full.mp4",
+]
+
+
+# --- which frames --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "unit", "count", "step", "expected"),
+    [
+        (0, "seconds", 4, 1, [0, 1, 2, 3]),
+        (0.5, "seconds", 3, 2, [5, 7, 9]),
+        (0.34, "seconds", 2, 1, [3, 4]),  # the nearest frame, not the next
+        (0.36, "seconds", 2, 1, [4, 5]),
+        (1.94, "seconds", 5, 1, [19]),
+        (7, "frames", 2, 3, [7, 10]),
+        (19, "frames", 0, 1, [19]),
+        (15, "frames", 24, 2, [15, 17, 19]),
+        (0, "frames", 0, 7, [0, 7, 14]),
+    ],
+)
+def test_selection(start: float, unit: str, count: int, step: int, expected: list[int]) -> None:
+    times = [i / 10 for i in range(20)]
+    assert video.select_frames(times, 10, start, unit, count, step) == expected
+
+
+def test_selection_of_a_varying_rate_goes_by_time() -> None:
+    times = [0.0, 0.1, 0.2, 1.0, 2.0, 3.0]
+    assert video.select_frames(times, 2, 1.9, "seconds", 2, 1) == [4, 5]
+
+
+@pytest.mark.parametrize(("start", "unit"), [(20, "frames"), (2.0, "seconds"), (1e9, "frames"), (1e9, "seconds")])
+def test_no_frame_left(start: float, unit: str) -> None:
+    with pytest.raises(ValueError, match=r"^start: no frame is left .* 20 frames \(2\.00 seconds\).*earlier start"):
+        video.select_frames([i / 10 for i in range(20)], 10, start, unit, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"start": -1.0}, "start: -1"),
+        ({"start": float("nan")}, "start: nan"),
+        ({"start_unit": "minutes"}, "start_unit: 'minutes'"),
+        ({"frame_count": -1}, "frame_count: -1"),
+        ({"frame_step": 0}, "frame_step: 0"),
+        ({"width": 508}, "width: 508 is a size that the VAE cannot take; .* for instance 512"),
+        ({"height": 0}, "height: 0 is a size that the VAE cannot take"),
+        ({"height": -8}, "height: -8 is a size that the VAE cannot take"),
+        ({"width": 1_000_000}, "width: 1000000 is a size that the VAE cannot take"),
+        ({"resize": "zoom"}, "resize: 'zoom' is not one of"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_file_is_touched(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        video.load_clip("not-there.mp4", **settings)
+
+
+# --- how large -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "resize", "expected"),
+    [
+        ((1280, 720), "crop to fill", (512, 512)),
+        ((1280, 720), "stretch", (512, 512)),
+        ((1280, 720), "fit", (512, 288)),
+        ((720, 1280), "fit", (288, 512)),
+        ((64, 48), "fit", (512, 384)),
+        ((5000, 10), "fit", (512, 8)),
+        ((1283, 719), "keep", (1280, 712)),
+    ],
+)
+def test_size(source: tuple[int, int], resize: str, expected: tuple[int, int]) -> None:
+    assert video.fitted_size(source, 512, 512, resize) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "resize", "expected"),
+    [
+        ((1280, 720), (512, 512), "crop to fill", (280, 0, 1000, 720)),
+        ((720, 1280), (512, 512), "crop to fill", (0, 280, 720, 1000)),
+        ((1280, 720), (512, 512), "stretch", (0, 0, 1280, 720)),
+        ((1283, 719), (1280, 712), "keep", (1, 3, 1281, 715)),
+        ((1280, 720), (512, 288), "fit", (0, 0, 1280, 720)),
+    ],
+)
+def test_source_box(source: tuple[int, int], target: tuple[int, int], resize: str, expected: tuple) -> None:
+    assert video.source_box(source, target, resize) == pytest.approx(expected)
+
+
+def test_keep_needs_a_clip_of_eight_pixels() -> None:
+    with pytest.raises(ValueError, match="^resize: the clip's 640x6 pixels are a size that the VAE cannot take"):
+        video.fitted_size((640, 6), 512, 512, "keep")
+
+
+def test_resize_of_a_real_frame(tmp_path: Path) -> None:
+    """A white disc in the middle stays round and centred in every mode but stretch."""
+    y, x = np.mgrid[:90, :160]
+    disc = ((x - 79.5) ** 2 + (y - 44.5) ** 2 < 30**2).astype(np.uint8) * 255
+    path = tmp_path / "disc.mkv"
+    raw = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", "160x90", "-r", "5", "-i", "-"]
+    ffmpeg(*raw, "-c:v", "ffv1", path, stdin=disc.tobytes() * 2)
+    for resize, shape, spread in [
+        ("crop to fill", (64, 64), (43, 43)),
+        ("fit", (40, 64), (24, 24)),
+        ("stretch", (64, 64), (24, 43)),
+        ("keep", (88, 160), (60, 60)),
+    ]:
+        image = video.load_clip(path, width=64, height=64, resize=resize).images[0, :, :, 0]
+        assert image.shape == shape
+        for axis, expected in ((1, spread[0]), (0, spread[1])):
+            lit = (image.sum(dim=1 - axis) > 0.5 * image.sum(dim=1 - axis).max()).nonzero().flatten()
+            whole = (image.amax(dim=1 - axis) > 0.5).nonzero().flatten() if axis else None
+            assert lit.float().mean().item() == pytest.approx((image.shape[axis] - 1) / 2, abs=1)
+        widths = (image > 0.5).any(dim=0).sum().item(), (image > 0.5).any(dim=1).sum().item()
+        assert widths == (pytest.approx(spread[0], abs=2), pytest.approx(spread[1], abs=2)), resize
+        assert whole is None or len(whole)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SEEKABLE, "plain.ts", "edit.mp4", "one.mp4"])
+@pytest.mark.parametrize("without_decord", [False, True])
+def test_exact_frames(clips: dict[str, Path], name: str, without_decord: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without_decord:
+        monkeypatch.setitem(sys.modules, "decord", None)
+    total = len(video.probe(clips[name]).times)
+    assert total == {"edit.mp4": 30, "one.mp4": 1}.get(name, 50)
+    for start, count, step in [(0, 0, 1), (0, 5, 4), (13, 6, 1), (17, 9, 3), (total - 1, 4, 2)]:
+        if start >= total or start < 0:
+            continue
+        clip = video.load_clip(clips[name], start, "frames", count, step, resize="keep")
+        wanted = list(range(start, total, step))[: count or None]
+        assert numbers(clip.images) == [first_number(name) + i for i in wanted]
+        assert clip.images.dtype == torch.float32 and clip.images.min() >= 0 and clip.images.max() <= 1
+        assert clip.fps == pytest.approx(25 / step)
+        assert clip.audio is None
+
+
+@pytest.mark.parametrize("name", SEEKABLE)
+def test_both_readers_give_the_same_pixels(clips: dict[str, Path], name: str) -> None:
+    info = video.probe(clips[name])
+    if name == "plain.gif":
+        with pytest.raises(video._CannotReadError):  # decord cannot; load_clip then uses ffmpeg
+            next(video._decord_frames(info, [0]))
+        return
+    indices = range(9, 40, 7)
+    pairs = zip(video._decord_frames(info, indices), video._ffmpeg_frames(info, indices), strict=True)
+    difference = np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in pairs])
+    # The two come with different versions of ffmpeg's scaler, which round 10-bit colours differently.
+    assert difference.mean() < 2 if name == "ten.mp4" else not difference.any()
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_rotation_is_undone_alike(tmp_path: Path, angle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, turned = make_clip(tmp_path / "a.mp4", count=6), tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", str(angle), "-i", path, "-c", "copy", turned)
+    info = video.probe(turned)
+    assert (info.width, info.height) == ((HEIGHT, WIDTH) if angle % 180 else (WIDTH, HEIGHT))
+    by_decord = np.stack(list(video._decord_frames(info, range(6))))
+    by_ffmpeg = np.stack(list(video._ffmpeg_frames(info, range(6))))
+    assert (by_decord == by_ffmpeg).all()
+    upright = np.rot90(by_ffmpeg, k=-angle // 90, axes=(1, 2))  # the tag counts anticlockwise
+    assert numbers(torch.from_numpy(upright.copy()).float() / 255) == list(range(6))
+
+
+@pytest.mark.parametrize("rate", ["24", "25", "8", "12.5", "30000/1001", "24000/1001", "60", "25/3"])
+@pytest.mark.parametrize("extension", ["mp4", "webm"])
+def test_frame_rate(tmp_path: Path, rate: str, extension: str) -> None:
+    codec = [] if extension == "mp4" else ["-c:v", "libvpx-vp9", "-pix_fmt", "yuv420p"]
+    info = video.probe(make_clip(tmp_path / f"a.{extension}", *codec, count=10, fps=rate))
+    # webm stores whole milliseconds.
+    assert info.fps == pytest.approx(float(Fraction(rate)), rel=1e-6 if extension == "mp4" else 1e-3)
+
+
+def test_varying_frame_rate(tmp_path: Path) -> None:
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "25", "-i", "-"]
+    path = tmp_path / "vfr.mp4"  # frames 0-9, then every third one
+    sparse = ["-vf", "select=lt(n\\,10)+not(mod(n\\,3))", "-fps_mode", "vfr", *GROUPS]
+    ffmpeg(*raw, *sparse, path, stdin=numbered(50).tobytes())
+    expected = [*range(10), *range(12, 50, 3)]
+    info = video.probe(path)
+    assert [round(time * 25) for time in info.times] == expected
+    assert numbers(video.load_clip(path, frame_count=0, resize="keep").images) == expected
+    assert numbers(video.load_clip(path, 30 / 25, "seconds", 2, resize="keep").images) == [30, 33]
+    assert 10 < info.fps < 14
+
+
+def test_fewer_frames_than_asked_are_taken_and_told(clips: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    clip = video.load_clip(clips["plain.mp4"], 47, "frames", 24, 1, resize="keep")
+    assert numbers(clip.images) == [47, 48, 49]
+    assert "3 frames are left after start and frame_step, fewer than frame_count 24" in caplog.text
+
+
+def test_progress_and_stop(clips: dict[str, Path]) -> None:
+    seen = []
+    video.load_clip(clips["plain.mp4"], frame_count=3, width=64, height=64, progress=lambda *at: seen.append(at))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        video.load_clip(clips["plain.mp4"], frame_count=3, width=64, height=64, progress=stop)
+
+
+def test_too_little_memory(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    free = namedtuple("free", "available")(2**20)
+    monkeypatch.setattr(video.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ValueError, match=r"^frame_count: 50 frames of 512x512 need 0\.1 GiB of memory"):
+        video.load_clip(clips["plain.mp4"], frame_count=0)
+
+
+# --- sound ---------------------------------------------------------------------------------------
+
+
+def with_sound(clip: Path, path: Path, sound: str, *options: str) -> Path:
+    source = ["-f", "lavfi", "-i", sound]
+    ffmpeg("-i", clip, *source, "-map", "0:v", "-map", "1:a", "-c:v", "copy", *options, path)
+    return path
+
+
+@pytest.mark.parametrize(("codec", "extension"), [("aac", "mp4"), ("libopus", "mkv"), ("pcm_s16le", "mov")])
+def test_sound_of_the_kept_span(clips: dict[str, Path], tmp_path: Path, codec: str, extension: str) -> None:
+    tone = r"aevalsrc='if(gte(t\,1)\,0.5*sin(880*PI*t)\,0)':s=48000:d=2"  # silent up to 1 s
+    path = with_sound(clips["plain.mp4"], tmp_path / f"a.{extension}", tone, "-c:a", codec)
+    for step, count in [(1, 25), (5, 5)]:  # stepping over frames leaves the duration as it is
+        audio = video.load_clip(path, 0.6, "seconds", count, step, 64, 64).audio
+        assert audio is not None
+        assert audio["sample_rate"] == 48000
+        assert audio["waveform"].dtype == torch.float32 and audio["waveform"].shape == (1, 1, 48000)
+        loudness = audio["waveform"].reshape(10, 4800).square().mean(dim=1).sqrt()
+        assert loudness[:3].max() < 0.02, loudness  # 0.6 s to 0.9 s
+        assert loudness[5:].sub(0.5 / 2**0.5).abs().max() < 0.02, loudness  # 1.1 s to 1.6 s
+
+
+def test_sound_that_starts_late_and_ends_early_is_filled_with_silence(clips: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "late.mkv"
+    tone = ["-itsoffset", "0.5", "-f", "lavfi", "-i", "sine=440:d=1:sample_rate=8000"]
+    ffmpeg("-i", clips["plain.mp4"], *tone, "-c:v", "copy", "-c:a", "pcm_s16le", "-ac", "2", path)
+    audio = video.load_clip(path, 0, "seconds", 50, 1, 64, 64).audio
+    assert audio is not None
+    assert audio["waveform"].shape == (1, 2, 16000)
+    loud = audio["waveform"][0, 0].reshape(20, 800).abs().amax(dim=1) > 0.01
+    assert loud.tolist() == [False] * 5 + [True] * 10 + [False] * 5
+    assert video.load_clip(path, 1.6, "seconds", 5, 1, 64, 64).audio is None
+
+
+def test_sound_that_cannot_be_decoded_is_left_out(
+    clips: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = with_sound(clips["plain.mp4"], tmp_path / "a.mkv", "sine=440:d=2", "-c:a", "libopus")
+    path.write_bytes(path.read_bytes().replace(b"A_OPUS", b"A_OPUX"))
+    clip = video.load_clip(path, frame_count=5, width=64, height=64)
+    assert len(clip.images) == 5 and clip.audio is None
+    assert "a.mkv: its sound cannot be decoded and is left out" in caplog.text
+
+
+# --- files that are refused ----------------------------------------------------------------------
+
+
+def _cut(source: Path, path: Path, part: float) -> Path:
+    data = source.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    return path
+
+
+def _bad_file(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.mp4"
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("hello, this is no video\n" * 100)
+    elif kind == "picture":
+        Image.new("RGB", (64, 64)).save(path, "PNG")
+    elif kind == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(100_000))
+    elif kind == "playlist":  # would make ffmpeg open another file
+        make_clip(folder / "secret.ts", count=5)
+        path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n")
+    elif kind == "concat":
+        make_clip(folder / "secret.mp4", count=5)
+        path.write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "audio":
+        ffmpeg("-f", "lavfi", "-i", "sine=440:d=1", path)
+    elif kind == "cover":  # sound with a picture on its sleeve
+        Image.new("RGB", (64, 64)).save(folder / "cover.png")
+        ffmpeg(
+            *["-f", "lavfi", "-i", "sine=440:d=1", "-i", folder / "cover.png"],
+            *["-map", "0:a", "-map", "1:v", "-c:v", "copy", "-disposition:v:0", "attached_pic", path],
+        )
+    elif kind == "wide":
+        ffmpeg("-f", "lavfi", "-i", "color=size=20000x16:rate=5:duration=0.2", "-c:v", "ffv1", "-f", "matroska", path)
+    elif kind == "cut before its index":
+        _cut(make_clip(folder / "whole.mp4"), path, 0.6)
+    elif kind == "cut after its index":
+        _cut(make_clip(folder / "whole.mp4", *GROUPS, "-movflags", "faststart"), path, 0.6)
+    elif kind == "cut near the end":
+        _cut(make_clip(folder / "whole.mp4", *GROUPS, "-movflags", "faststart"), path, 0.97)
+    return path
+
+
+BAD_FILES = {
+    "missing": "does not exist; upload it again",
+    "folder": "does not exist; upload it again",
+    "empty": r"is empty \(0 bytes\); upload it again",
+    "text": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "picture": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "noise": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "playlist": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "concat": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "cut before its index": "cannot be opened: it is no video, or it is truncated; upload it again",
+    "cut after its index": "is truncated: its end is missing; upload or download it again",
+    "cut near the end": "is truncated: its end is missing; upload or download it again",
+    "audio": "holds sound but no video; choose a file with a video track",
+    "cover": "holds sound but no video; choose a file with a video track",
+    "wide": "has no frames that can be read .*20000x16 pixels.*; convert it to mp4",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file(tmp_path: Path, kind: str) -> None:
+    path = _bad_file(kind, tmp_path)
+    with pytest.raises(ValueError, match=f"^file: '{kind}.mp4' {BAD_FILES[kind]}") as error:
+        video.load_clip(path, width=64, height=64)
+    assert "\n" not in str(error.value)
+
+
+def test_cut_webm(clips: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^file: 'cut.webm' is truncated: its end is missing"):
+        video.probe(_cut(clips["plain.webm"], tmp_path / "cut.webm", 0.5))
+
+
+def test_nul_in_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^file: 'a\?b.mp4' does not exist"):
+        video.probe(f"{tmp_path}/a\0b.mp4")
+
+
+def test_frames_that_cannot_be_decoded(tmp_path: Path) -> None:
+    """The index is whole, the pictures are not: the listing alone cannot tell."""
+    whole = make_clip(tmp_path / "a.mp4", *GROUPS, "-movflags", "faststart")
+    data = bytearray(whole.read_bytes())
+    begin = data.index(b"mdat") + 4
+    data[begin:] = bytes(len(data) - begin)
+    path = tmp_path / "hollow.mp4"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="^file: 'hollow.mp4' "):
+        video.load_clip(path, width=64, height=64)
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "plain.webm"])
+def test_corrupted_files_never_hang_or_crash(clips: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Each damaged file either loads as many frames as were asked for or raises one ValueError."""
+    data = clips[name].read_bytes()
+    path = tmp_path / name
+    outcomes = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data), 8):
+            damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            clip = video.load_clip(path, frame_count=5, width=64, height=64)
+            outcomes.add("read")
+            assert 1 <= len(clip.images) <= 5 and torch.isfinite(clip.images).all()
+        except ValueError as error:
+            outcomes.add("refused")
+            assert str(error).startswith("file: ") or str(error).startswith("resize: ")
+    assert outcomes == {"read", "refused"}
+
+
+def test_a_name_with_odd_characters(clips: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "-f concat:%d é; $(rm) 'x'.mp4"
+    path.write_bytes(clips["plain.mp4"].read_bytes())
+    assert numbers(video.load_clip(path, frame_count=3, resize="keep").images) == [0, 1, 2]
+    copy = tmp_path / "out %03d é; 'x'.mp4"
+    video.save_clip(torch.rand(2, 16, 16, 3), 8, copy)
+    assert copy.is_file()
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def smooth_frames(count: int, width: int, height: int) -> Tensor:
+    """Colour gradients that move: [F, H, W, 3] in 0..1."""
+    t = torch.arange(count).reshape(-1, 1, 1) / count
+    y, x = torch.linspace(0, 1, height).reshape(1, -1, 1), torch.linspace(0, 1, width).reshape(1, 1, -1)
+    channels = torch.stack([(x + t).expand(count, height, width), y + 0 * x + t, 1 - x + 0 * y + t], dim=-1)
+    return (channels * 3).sin() / 2 + 0.5
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * (a - b).square().mean().log10().item()
+
+
+@pytest.mark.parametrize(("extension", "floor"), [("mp4", 38), ("webm", 38), ("gif", 28)])
+@pytest.mark.parametrize("size", [(96, 64), (97, 63)])
+@pytest.mark.parametrize("fps", [8.0, 29.97002997002997, 0.5])
+def test_round_trip(tmp_path: Path, extension: str, floor: float, size: tuple[int, int], fps: float) -> None:
+    images = smooth_frames(7, *size)
+    path = tmp_path / f"out.{extension}"
+    video.save_clip(images, fps, path)
+    info = video.probe(path)
+    # H.264 in yuv420p has even sides: an odd one is padded, never cut.
+    padded = tuple(side + side % 2 for side in size) if extension == "mp4" else size
+    assert (info.width, info.height) == padded
+    assert len(info.times) == 7
+    assert info.fps == pytest.approx(fps, rel=0.12 if extension == "gif" else 1e-3)  # gif: hundredths of a second
+    frames = np.stack(list(video._ffmpeg_frames(info, range(7))))
+    back = torch.from_numpy(frames).float()[:, : size[1], : size[0]] / 255
+    assert psnr(back, images) > floor
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_colours_are_tagged_and_survive_other_decoders(tmp_path: Path) -> None:
+    """Flat saturated colours shift by tens of levels if the matrix written and the matrix read differ."""
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.7, 0.4]])
+    images = colours.reshape(4, 1, 1, 3).expand(4, 64, 64, 3)
+    for extension in ("mp4", "webm"):
+        video.save_clip(images, 8, tmp_path / f"a.{extension}", quality=100)
+        back = video.load_clip(tmp_path / f"a.{extension}", frame_count=0, width=64, height=64).images
+        assert (back - images).abs().max() < 0.03, extension
+
+
+def test_quality_and_alpha(tmp_path: Path) -> None:
+    images = torch.rand(6, 64, 64, 4)
+    for extension in ("mp4", "webm"):
+        sizes = []
+        for quality in (0, 50, 100):
+            video.save_clip(images, 8, tmp_path / f"a.{extension}", quality)
+            sizes.append((tmp_path / f"a.{extension}").stat().st_size)
+        assert sizes[0] < sizes[1] < sizes[2], extension
+
+
+@pytest.mark.parametrize(("extension", "rate"), [("mp4", 44100), ("webm", 48000)])
+@pytest.mark.parametrize(("seconds", "channels"), [(5.0, 2), (1.0, 1), (2.0, 6)])
+def test_sound_is_cut_to_the_video(tmp_path: Path, extension: str, rate: int, seconds: float, channels: int) -> None:
+    samples = torch.arange(int(seconds * rate)) / rate
+    waveform = (0.5 * torch.sin(2 * torch.pi * 440 * samples)).repeat(1, channels, 1)
+    path = tmp_path / f"a.{extension}"
+    video.save_clip(smooth_frames(16, 64, 64), 8, path, audio={"waveform": waveform, "sample_rate": rate})
+    clip = video.load_clip(path, frame_count=0, width=64, height=64)
+    assert clip.audio is not None
+    assert clip.audio["waveform"].shape == (1, channels, 2 * rate) and clip.audio["sample_rate"] == rate
+    loud = clip.audio["waveform"][0, 0].reshape(20, -1).square().mean(dim=1).sqrt()
+    heard = int(min(seconds, 2.0) * 10)
+    assert (loud[1 : heard - 1] - 0.5 / 2**0.5).abs().max() < 0.03
+    assert not loud[heard + 1 :].gt(0.01).any()
+    everything = video.read_audio(video.probe(path), 0, 10)
+    assert everything is not None
+    assert everything["waveform"][0, 0, int(2.1 * rate) :].abs().max() < 0.01  # nothing after the video's end
+
+
+def test_gif_has_no_sound(tmp_path: Path) -> None:
+    audio = {"waveform": torch.zeros(1, 1, 8000), "sample_rate": 8000}
+    video.save_clip(smooth_frames(4, 64, 64), 8, tmp_path / "a.gif", audio=audio)
+    assert not video.probe(tmp_path / "a.gif").has_audio
+
+
+METADATA = {
+    "prompt": {"1": {"class_type": "TAV_SaveVideo", "inputs": {"text": "a=b; #c \\ \n é 'q' \"r\""}}},
+    "workflow": {"nodes": list(range(100_000)), "title": "long"},
+}
+
+
+@pytest.mark.parametrize("extension", ["mp4", "webm"])
+def test_metadata(tmp_path: Path, extension: str) -> None:
+    """The same keys and JSON as the host's SaveVideo, also where they are longer than a command line may be."""
+    path = tmp_path / f"a.{extension}"
+    audio = {"waveform": torch.zeros(1, 1, 8000), "sample_rate": 8000}
+    video.save_clip(smooth_frames(4, 64, 64), 8, path, audio=audio, metadata=METADATA)
+    container = pytest.importorskip("av").open(str(path))
+    stored = {key.lower(): value for key, value in container.metadata.items()}
+    for key, value in METADATA.items():
+        assert stored[key] == json.dumps(value)
+    if extension == "mp4":  # where the front end looks: keys of type mdta, ahead of the frames
+        data = path.read_bytes()
+        assert data.index(b"mdtaworkflow") < data.index(b"mdat\0" if b"mdat\0" in data else b"mdat")
+
+
+def test_gif_comment(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    video.save_clip(smooth_frames(4, 64, 64), 8, path, metadata=METADATA)
+    with Image.open(path) as image:
+        assert image.n_frames == 4
+        image.seek(3)
+        assert json.loads(image.info["comment"]) == METADATA
+    assert len(video.probe(path).times) == 4
+
+
+def _nothing() -> Tensor:
+    return smooth_frames(4, 16, 16)
+
+
+def _with(value: float) -> Tensor:
+    images = _nothing()
+    images[2, 3, 4, 1] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"images": _with(float("nan"))}, "images: frame 2 holds NaN"),
+        ({"images": _with(float("inf"))}, "images: frame 2 holds NaN or infinite"),
+        ({"images": torch.zeros(16, 16, 3)}, r"images: shape \[16, 16, 3\]"),
+        ({"images": torch.zeros(0, 16, 16, 3)}, r"images: shape \[0, 16, 16, 3\]"),
+        ({"images": torch.zeros(4, 16, 16, 1)}, r"images: shape \[4, 16, 16, 1\]"),
+        ({"images": torch.zeros(1, 4, 16, 16, 3)}, r"images: shape \[1, 4, 16, 16, 3\]"),
+        ({"fps": 0.0}, "fps: 0"),
+        ({"fps": -8.0}, "fps: -8"),
+        ({"fps": float("nan")}, "fps: nan"),
+        ({"fps": 60.0, "path": "a.gif"}, "fps: gif cannot play 60"),
+        ({"quality": 101}, "quality: 101"),
+        ({"path": "a.avi"}, "format: 'avi' is not one of mp4, webm, gif"),
+        ({"audio": {"waveform": torch.full((1, 1, 9), float("nan")), "sample_rate": 8}}, "audio: "),
+        ({"audio": {"waveform": torch.zeros(9), "sample_rate": 8}}, r"audio: a waveform of shape \[9\]"),
+        ({"audio": {"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}}, "audio: .* at 0 Hz"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused_before_any_work(
+    tmp_path: Path, change: dict, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object) -> None:
+        raise AssertionError("ffmpeg was started")
+
+    monkeypatch.setattr(video, "_run_encoder", work)
+    settings = {"images": _nothing(), "fps": 8.0, "path": "a.mp4", **change}
+    with pytest.raises(ValueError, match=f"^{named}"):
+        video.save_clip(**{**settings, "path": tmp_path / settings["path"]})
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_left_behind_when_encoding_stops(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_text("the file before")
+
+    def stop(done: int, total: int) -> None:
+        assert len(os.listdir(tmp_path)) <= 2
+        if done == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        video.save_clip(smooth_frames(200, 64, 64), 8, path, progress=stop)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert path.read_text() == "the file before"
+
+
+def test_a_failing_ffmpeg_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_codec_options", lambda *_: ["-c:v", "no_such_codec"])
+    with pytest.raises(RuntimeError, match="^ffmpeg could not write a.mp4: .*[Uu]nknown encoder|^ffmpeg .*Error"):
+        video.save_clip(smooth_frames(50, 256, 256), 8, tmp_path / "a.mp4")
+    assert os.listdir(tmp_path) == []
+
+
+# --- real clips ----------------------------------------------------------------------------------
+
+
+@pytest.mark.shared
+def test_real_clips(shared_videos: list[Path]) -> None:
+    expected = {
+        "car-turn.mp4": (80, 480, 480, 10.0, False),
+        "man-skiing.mp4": (91, 718, 718, 30000 / 1001, True),
+        "man-surfing.mp4": (72, 656, 656, 24.0, False),
+    }
+    for path in shared_videos:
+        info = video.probe(path)
+        found = len(info.times), info.width, info.height, pytest.approx(info.fps, rel=1e-6), info.has_audio
+        assert found == expected[path.name]
+        indices = range(5, len(info.times), 20)
+        pairs = zip(video._decord_frames(info, indices), video._ffmpeg_frames(info, indices), strict=True)
+        assert all((a == b).all() for a, b in pairs), path.name
+        clip = video.load_clip(path, 0, "seconds", 24, 2)
+        assert clip.images.shape == (24, 512, 512, 3)
+        assert clip.fps == pytest.approx(info.fps / 2)
+        if info.has_audio:
+            assert clip.audio is not None
+            assert clip.audio["waveform"].shape[-1] == pytest.approx(48 / info.fps * clip.audio["sample_rate"], abs=2)
+
+
+# --- the nodes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes(comfyui: Path | None) -> ModuleType:
+    from tune_a_video.nodes import video as module
+
+    return module
+
+
+@pytest.fixture
+def input_folder(nodes: ModuleType, clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "clip.mp4").write_bytes(clips["plain.mp4"].read_bytes())
+    for kind in ("input", "output", "temp"):
+        monkeypatch.setattr(nodes.folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return folder
+
+
+def hidden(node: type, **values: object) -> type:
+    return type(node.__name__, (node,), {"hidden": SimpleNamespace(prompt=None, extra_pnginfo=None, **{}) if not values
+                                         else SimpleNamespace(**values)})  # fmt: skip
+
+
+@pytest.mark.comfyui
+def test_schemas(nodes: ModuleType, input_folder: Path) -> None:
+    load, save = nodes.LoadVideo.define_schema(), nodes.SaveVideo.define_schema()
+    assert load.node_id == "TAV_LoadVideo" and save.node_id == "TAV_SaveVideo"
+    for schema in (load, save):
+        assert schema.category == "Tune-A-Video" and schema.description
+        assert all(part.tooltip for part in [*schema.inputs, *schema.outputs])
+    names = ["file", "start", "start_unit", "frame_count", "frame_step", "width", "height", "resize"]
+    assert [part.id for part in load.inputs] == names
+    assert [part.default for part in load.inputs[1:]] == [0.0, "seconds", 24, 1, 512, 512, "crop to fill"]
+    assert [part.display_name for part in load.outputs] == ["images", "fps", "frame_count", "audio"]
+    assert load.inputs[0].options == ["clip.mp4"]
+    assert [part.id for part in save.inputs] == ["images", "fps", "filename_prefix", "format", "quality", "audio"]
+    assert [part.default for part in save.inputs[1:5]] == [8.0, "TuneAVideo/video", "mp4", 80]
+    assert [part.display_name for part in save.outputs] == ["video", "path"]
+    assert save.is_output_node
+    for node, schema in ((nodes.LoadVideo, load), (nodes.SaveVideo, save)):
+        assert list(inspect.signature(node.execute).parameters) == [part.id for part in schema.inputs]
+
+
+@pytest.mark.comfyui
+def test_paths_outside_the_input_folder_are_refused(nodes: ModuleType, input_folder: Path) -> None:
+    check: Callable = nodes.LoadVideo.validate_inputs
+    assert check(file="clip.mp4") is True
+    assert check(file="clip.mp4 [input]") is True
+    assert check(file=None) is True  # linked
+    outside = input_folder.parent / "secret.mp4"
+    outside.write_bytes(b"secret")
+    (input_folder / "link.mp4").symlink_to(outside)
+    (input_folder / "away").symlink_to(input_folder.parent)
+    (input_folder.parent / "output").mkdir()
+    (input_folder.parent / "output" / "clip.mp4").write_bytes(b"secret")
+    for name in (
+        "../secret.mp4",
+        str(outside),
+        "link.mp4",
+        "away/secret.mp4",
+        "clip.mp4 [output]",
+        "x/../../secret.mp4",
+    ):
+        assert check(file=name) == f"file: '{name}' is outside the input folder; copy it there, or upload it."
+        with pytest.raises(ValueError, match="is outside the input folder"):
+            nodes.LoadVideo.execute(name, 0.0, "seconds", 4, 1, 64, 64, "fit")
+    for name in ("a\0b.mp4", "", 5):
+        assert check(file=name).endswith("is not the name of a file; choose one from the list or upload one.")
+    for name in ("gone.mp4", "away/gone.mp4 [temp]"[:8] + "x.mp4"):
+        assert "input folder" in check(file=name)
+
+
+@pytest.mark.comfyui
+def test_fingerprint(nodes: ModuleType, input_folder: Path) -> None:
+    fingerprint: Callable = nodes.LoadVideo.fingerprint_inputs
+    before = fingerprint(file="clip.mp4", start=0.0, width=None)
+    assert before == fingerprint(file="clip.mp4", start=0.0, width=None)
+    os.utime(input_folder / "clip.mp4", (1, 1))
+    assert fingerprint(file="clip.mp4", start=0.0, width=None) != before
+    for name in (None, "gone.mp4", "../x", "a\0b", 5):
+        assert fingerprint(file=name, start=None) == ""
+
+
+@pytest.mark.comfyui
+def test_load_then_save(nodes: ModuleType, input_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, fps, count, audio = nodes.LoadVideo.execute("clip.mp4", 0.4, "seconds", 6, 2, 96, 64, "fit").args
+    assert numbers(images) == [10, 12, 14, 16, 18, 20]
+    assert (fps, count, audio) == (12.5, 6, None)
+    node = hidden(nodes.SaveVideo, prompt=METADATA["prompt"], extra_pnginfo={"workflow": METADATA["workflow"]})
+    for number, extension in enumerate(("mp4", "webm", "gif", "mp4"), 1):
+        output = node.execute(images, fps, "TuneAVideo/video", extension, 80)
+        saved, path = output.args
+        assert path == str(input_folder.parent / "output" / "TuneAVideo" / f"video_{number:05}_.{extension}")
+        assert saved.get_dimensions() == (96, 64)
+        components = saved.get_components()
+        assert numbers(components.images[..., :3]) == [10, 12, 14, 16, 18, 20]
+        shown = output.ui if isinstance(output.ui, dict) else output.ui.as_dict()
+        assert shown["animated"] == (True,)
+        entry = {"filename": f"video_{number:05}_.{extension}", "subfolder": "TuneAVideo", "type": "output"}
+        if extension == "gif":
+            assert shown["gifs"] == [entry]
+            (preview,) = shown["images"]
+            assert preview["type"] == "temp"
+            assert len(video.probe(input_folder.parent / "temp" / preview["filename"]).times) == 6
+        else:
+            assert shown["images"] == [entry]
+            stored = {key.lower(): value for key, value in components.metadata.items()}
+            assert json.loads(stored["workflow"]) == METADATA["workflow"]
+            assert json.loads(stored["prompt"]) == METADATA["prompt"]
+            assert float(components.frame_rate) == pytest.approx(12.5)
+    monkeypatch.setattr(nodes.args, "disable_metadata", True)
+    _, path = node.execute(images, fps, "bare", "mp4", 80).args
+    assert b"TAV_SaveVideo" not in Path(path).read_bytes()
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("prefix", ["../x", "/x", "a/../../x", "a\0b"])
+def test_saving_stays_in_the_output_folder(nodes: ModuleType, input_folder: Path, prefix: str) -> None:
+    with pytest.raises(ValueError, match="^filename_prefix: "):
+        hidden(nodes.SaveVideo).execute(_nothing(), 8.0, prefix, "mp4", 80)
+    assert not [name for name in os.listdir(input_folder.parent) if name not in ("input", "output")]

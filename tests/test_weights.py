@@ -1,0 +1,123 @@
+"""The motion file: round trip, atomic writing, everything that is not one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tune_a_video.tav_core import weights
+from tune_a_video.tav_core.weights import Motion, check_fits, load_motion, save_motion
+
+BLOCK = "middle_block.1.transformer_blocks.0"
+SHAPES = {f"{BLOCK}.{name}.to_q.weight": torch.Size((8, 8)) for name in ("attn1", "attn2")}
+
+
+def motion() -> Motion:
+    tensors = {f"{BLOCK}.{name}.to_q.diff": torch.randn(8, 8) for name in ("attn1", "attn2")}
+    tensors |= {f"{BLOCK}.attn_temp.{name}.weight": torch.randn(8, 8) for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    tensors |= {f"{BLOCK}.{name}": torch.randn(8) for name in ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias")}
+    return Motion(tensors, {"base_family": "SD1", "prompt": "사람이 스키를 탄다", "frame_count": "24"})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "motion.safetensors"
+    written = motion()
+    save_motion(written, path)
+    read = load_motion(path)
+    assert read.metadata == written.metadata
+    assert read.tensors.keys() == written.tensors.keys()
+    assert all(torch.equal(read.tensors[key], value) for key, value in written.tensors.items())
+    assert [p.name for p in path.parent.iterdir()] == ["motion.safetensors"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~weights._umask()
+
+
+def test_query_deltas_and_temporal_part_the_keys() -> None:
+    both = {**motion().query_deltas(), **motion().temporal()}
+    assert len(both) == len(motion().tensors)
+    assert set(motion().query_deltas()) == set(SHAPES)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "motion.safetensors"
+    save_motion(motion(), path)
+    before = path.read_bytes()
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        save_motion(motion(), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "header"])
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "motion.safetensors"
+    save_motion(motion(), path)
+    data = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "text": b"not a motion", "truncated": data[:-9], "header": b"\xff" * 8 + data[8:]}[damage]
+    )
+    with pytest.raises(ValueError, match="motion.safetensors cannot be read as a motion file.*copy it again"):
+        load_motion(path)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file({"lora": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="lora.safetensors is a safetensors file, but not a Tune-A-Video motion"):
+        load_motion(path)
+
+
+@pytest.mark.parametrize("version", ["2", "next"])
+def test_newer_formats_are_refused(tmp_path: Path, version: str) -> None:
+    path = tmp_path / "new.safetensors"
+    metadata = {"format": weights.FORMAT, "format_version": version}
+    safetensors.torch.save_file({"x": torch.zeros(2)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=f"format version {version}.*Update the pack"):
+        load_motion(path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "motion.safetensors"
+    tensors = dict(motion().tensors)
+    key = min(tensors)
+    tensors[key] = tensors[key] * float("inf")
+    save_motion(Motion(tensors), path)
+    with pytest.raises(ValueError, match=f"not finite \\(first in {key}\\)"):
+        load_motion(path)
+
+
+def test_fit() -> None:
+    check_fits(motion(), SHAPES, "SD1")
+    check_fits(Motion(motion().tensors), SHAPES, "SD2")
+
+
+def test_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="tuned on SD1, but the model is SDXL"):
+        check_fits(motion(), SHAPES, "SDXL")
+
+
+@pytest.mark.parametrize("key", sorted(motion().tensors))
+def test_another_shape_is_refused_by_key_and_both_shapes(key: str) -> None:
+    tensors = dict(motion().tensors)
+    tensors[key] = torch.zeros([n + 1 for n in tensors[key].shape])
+    ours, theirs = list(tensors[key].shape), list(motion().tensors[key].shape)
+    with pytest.raises(ValueError) as error:
+        check_fits(Motion(tensors), SHAPES, "SD1")
+    assert key in str(error.value) and str(ours) in str(error.value) and str(theirs) in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["output_blocks.3.1.transformer_blocks.0.attn1.to_q.diff", f"{BLOCK}.mystery", "x"])
+def test_a_key_without_a_place_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="has no place in this model"):
+        check_fits(Motion({key: torch.zeros(8, 8)}), SHAPES, "SD1")
+
+
+def test_an_empty_motion_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no weights"):
+        check_fits(Motion({}), SHAPES, "SD1")
