@@ -338,11 +338,18 @@ class TrainingUNet:
 
     @contextmanager
     def prepared(
-        self, inflation: Inflation, layers: Mapping[str, TemporalLayer], queries: Mapping[str, Tensor]
+        self,
+        inflation: Inflation,
+        layers: Mapping[str, TemporalLayer],
+        queries: Mapping[str, Tensor],
+        frames: int,
     ) -> Iterator[None]:
-        """Within: ``predict`` is inflated and differentiable in the temporal layers and ``queries``."""
+        """Within: ``predict`` is inflated and differentiable in the temporal layers and ``queries``.
+
+        ``frames``: of the clips that will be given to ``predict``.
+        """
         backend = trainable.TrainingBackend(fetch)
-        layout = Layout(frames=self.latents.shape[0], videos=1)
+        layout = Layout(frames=frames, videos=1)
         forwards = trainable.training_forwards(self.unet, queries, self.context, fetch, backend)
         with inflate.swapped(forwards):
             inflated = inflate.inflated_forwards(self.unet, inflation, layers, layout, backend)
@@ -350,13 +357,22 @@ class TrainingUNet:
                 yield
 
     def predict(self, noisy: Tensor, timestep: int) -> Tensor:
-        """The UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale."""
-        x = noisy if self.concat is None else torch.cat([noisy, self.concat], dim=1)
-        frames = x.shape[0]
+        """The UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale.
+
+        Conditioning that comes per frame fits the tuned clip; for a clip of another length its first row
+        stands for all.
+        """
+        frames = noisy.shape[0]
+
+        def rows(value: Tensor) -> Tensor:
+            return value if value.shape[0] == frames else value[:1].expand(frames, *value.shape[1:])
+
+        x = noisy.to(self.dtype)
+        if self.concat is not None:
+            x = torch.cat([x, rows(self.concat)[..., : x.shape[-2], : x.shape[-1]]], dim=1)
         t = torch.full((frames,), float(timestep), device=self.device)
-        context = self.context.expand(frames, -1, -1)
-        out = self.unet(x.to(self.dtype), t, context=context, transformer_options={}, **self.extra)
-        return out.float()
+        extra = {key: rows(value) for key, value in self.extra.items()}
+        return self.unet(x, t, context=rows(self.context), transformer_options={}, **extra).float()
 
 
 @contextmanager
@@ -395,10 +411,25 @@ def training_unet(
             prediction=prediction_type(model),
             context=ready(conds["c_crossattn"].cond),
             extra=extra,
-            concat=None if concat is None else ready(concat.process_cond(batch_size=frames, area=None).cond).float(),
+            concat=None if concat is None else ready(concat.process_cond(batch_size=frames, area=None).cond),
             device=device,
             dtype=dtype,
         )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on a device."""
+    return float(comfy.model_management.get_free_memory(device))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception is the device's "out of memory"."""
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+def release_cached_memory() -> None:
+    """Give back what PyTorch's allocator holds in reserve."""
+    comfy.model_management.soft_empty_cache()
 
 
 # --- sampling ----------------------------------------------------------------------------------------

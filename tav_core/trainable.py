@@ -63,7 +63,7 @@ class TrainingBackend:
         if norm not in self._affine:
             weight, bias = self._fetch(norm, x)
             assert bias is not None
-            self._affine[norm] = (weight.clone(), bias.clone())
+            self._affine[norm] = (weight.detach().clone(), bias.detach().clone())
         return self._affine[norm]
 
 
@@ -86,8 +86,9 @@ def _cross_attention(attn: Any, context: Tensor, fetch: FetchModule) -> Forward:
         v = F.linear(context, *fetch(attn.to_v, context))
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        rows = (x.shape[0], -1, -1)
-        return attn.to_out(attend(attn.to_q(x), k.expand(rows), v.expand(rows), attn.heads))
+        rows = x.shape[0]
+        keys, values = (t if t.shape[0] == rows else t[:1].expand(rows, -1, -1) for t in (k, v))
+        return attn.to_out(attend(attn.to_q(x), keys, values, attn.heads))
 
     return forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,14 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import host
-from .inflate import Inflation, build_temporal, initial_temporal, temporal_layers, transformer_blocks
+from . import host, memory
+from .inflate import (
+    Inflation,
+    build_temporal,
+    initial_temporal,
+    swapped,
+    temporal_layers,
+    transformer_blocks,
+)
 from .schedule import add_noise, alphas_cumprod, training_target
 from .trainable import CastingOperations, TrainScope, in_scope
 from .weights import QUERY_SUFFIX, Motion, check_fits
 
 # How often the loss is read back: often enough to stop early on a NaN, seldom enough not to stall a GPU.
 _LOSS_CHECK_INTERVAL = 10
+
+# The rest is for what the allocator cannot use and for what other programs on the device do meanwhile.
+_SHARE_OF_FREE_MEMORY = 0.8
 
 
 INFLATED = Inflation()
@@ -73,6 +84,7 @@ def one_shot_tune(
     inflation: Inflation = INFLATED,
     motion: Motion | None = None,
     precision: torch.dtype | None = None,
+    budget: float | None = None,
     draw: Draw | None = None,
     on_gradients: Callable[[TuneStep], None] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -82,7 +94,8 @@ def one_shot_tune(
     ``model``: a ComfyUI ModelPatcher without inflation; LoRAs on it are part of what is tuned on.
     ``latents``: the clip [frames, c, h, w] in the host's LATENT scale. ``conditioning``: a ComfyUI
     conditioning of one prompt. ``motion``: weights to go on from. ``precision``: compute dtype, None for the
-    model's own; what learns is float32 always. ``draw(step)``: timestep and noise [frames, c, h, w], for
+    model's own; what learns is float32 always. ``budget``: bytes for activations, None for what the device
+    has free. ``draw(step)``: timestep and noise [frames, c, h, w], for
     runs that must repeat given draws. ``on_gradients`` sees each step before its update; ``on_step`` is
     called after it, may raise to stop.
 
@@ -125,8 +138,19 @@ def one_shot_tune(
                 for leaf, parameter in layers[block].attn_temp.named_parameters():
                     trained[f"{block}.attn_temp.{leaf}"] = parameter
 
-        with session.prepared(inflation, layers, queries):
-            losses = _descend(session, trained, settings, draw, on_gradients, on_step)
+        def evaluate(frames: int, height: int, width: int) -> Tensor:
+            with session.prepared(inflation, layers, queries, frames):
+                return session.predict(session.latents.new_zeros(frames, session.latents.shape[1], height, width), 0)
+
+        frames, _, height, width = session.latents.shape
+        costs = memory.measure(unet, evaluate, frames, height, width)
+        if budget is None:
+            # AdamW's two moments and the gradients are still to come.
+            optimizer_bytes = 3 * sum(p.nbytes for p in trained.values())
+            budget = _SHARE_OF_FREE_MEMORY * (host.free_memory(session.device) - optimizer_bytes)
+        with session.prepared(inflation, layers, queries, frames):
+            descent = _Descent(session, trained, settings, draw, on_gradients)
+            losses = _run(descent, costs, budget, on_step)
 
         tensors = {k: v.detach().cpu().clone() for k, v in root.state_dict().items()}
         for path, initial in base.items():
@@ -134,50 +158,89 @@ def one_shot_tune(
     return Motion(tensors), losses
 
 
-def _descend(
-    session: host.TrainingUNet,
-    trained: Mapping[str, torch.nn.Parameter],
-    settings: TuneSettings,
-    draw: Draw | None,
-    on_gradients: Callable[[TuneStep], None] | None,
+class _Descent:
+    """AdamW on the mean squared error of the model's own prediction target."""
+
+    def __init__(
+        self,
+        session: host.TrainingUNet,
+        trained: Mapping[str, torch.nn.Parameter],
+        settings: TuneSettings,
+        draw: Draw | None,
+        on_gradients: Callable[[TuneStep], None] | None,
+    ) -> None:
+        self.session, self.trained, self.settings, self.on_gradients = session, trained, settings, on_gradients
+        self.alpha_bars = alphas_cumprod(session.sigmas).tolist()
+        self.draw = draw or seeded_draw(session.latents, len(self.alpha_bars), settings.seed)
+        self.parameters = list(trained.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+        )
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
+
+    def backward(self, timestep: int, noise: Tensor) -> Tensor:
+        """The loss at a timestep with noise [frames, c, h, w]; leaves its gradients in the parameters."""
+        x0, alpha_bar = self.session.latents, self.alpha_bars[timestep]
+        self.optimizer.zero_grad(set_to_none=True)
+        predicted = self.session.predict(add_noise(x0, noise, alpha_bar), timestep)
+        target = training_target(x0, noise, alpha_bar, self.session.prediction)
+        loss = torch.nn.functional.mse_loss(predicted, target)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self, step: int, timestep: int, loss: Tensor) -> None:
+        """Clip the gradients and apply them."""
+        self.scaler.unscale_(self.optimizer)
+        gradients: dict[str, Tensor] = {}
+        if self.on_gradients is not None:
+            gradients = {key: p.grad.clone() for key, p in self.trained.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip or math.inf)
+        if self.on_gradients is not None:
+            self.on_gradients(TuneStep(step, timestep, loss, norm, gradients))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+
+
+def _run(
+    descent: _Descent,
+    costs: Mapping[str, memory.UnitCost],
+    budget: float,
     on_step: Callable[[int], None] | None,
 ) -> list[float]:
-    """AdamW on the mean squared error of the model's own prediction target."""
-    x0, prediction = session.latents, session.prediction
-    alpha_bars = alphas_cumprod(session.sigmas).tolist()
-    draw = draw or seeded_draw(x0, len(alpha_bars), settings.seed)
-    parameters = list(trained.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    )
-    scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
+    """All steps, within a memory budget; a step that runs out of memory is repeated with half of it."""
+    unet, steps = descent.session.unet, descent.settings.steps
+    plan = memory.make_plan(costs, budget)
+    logging.info("Tune-A-Video: %s", plan)
     losses: list[Tensor] = []
-
-    for step in range(settings.steps):
-        timestep, noise = draw(step)
+    for step in range(steps):
+        timestep, noise = descent.draw(step)
         # A copy, because a draw made in inference mode cannot be part of a differentiated target.
-        noise = noise.to(x0, copy=True)
-        noisy = add_noise(x0, noise, alpha_bars[timestep])
-        target = training_target(x0, noise, alpha_bars[timestep], prediction)
-        predicted = session.predict(noisy, timestep)
-        loss = torch.nn.functional.mse_loss(predicted, target)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        limit = settings.gradient_clip or math.inf
-        if on_gradients is not None:
-            gradients = {key: p.grad.clone() for key, p in trained.items() if p.grad is not None}
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if on_gradients is not None:
-            on_gradients(TuneStep(step, timestep, loss.detach(), grad_norm, gradients))
-        scaler.step(optimizer)
-        scaler.update()
-        warmup.step()
-        losses.append(loss.detach())
-        if step % _LOSS_CHECK_INTERVAL == _LOSS_CHECK_INTERVAL - 1 or step == settings.steps - 1:
+        noise = noise.to(descent.session.latents, copy=True)
+        while True:
+            try:
+                with swapped(memory.recomputing_forwards(unet, plan)):
+                    loss = descent.backward(timestep, noise)
+                break
+            except Exception as error:
+                if not host.is_out_of_memory(error):
+                    raise
+                if not plan.kept:
+                    raise RuntimeError(
+                        "Out of memory, although all activations are recomputed. "
+                        "Use fewer frames or a smaller size, or set train_scope to middle and up."
+                    ) from error
+            budget = min(budget, plan.bytes) / 2
+            plan = memory.make_plan(costs, budget)
+            descent.optimizer.zero_grad(set_to_none=True)
+            host.release_cached_memory()
+            logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", step + 1, plan)
+        descent.update(step, timestep, loss)
+        losses.append(loss)
+        if step % _LOSS_CHECK_INTERVAL == _LOSS_CHECK_INTERVAL - 1 or step == steps - 1:
             _check_finite(losses[-_LOSS_CHECK_INTERVAL:], step)
         if on_step is not None:
             on_step(step)

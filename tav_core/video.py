@@ -2,9 +2,8 @@
 
 Reading goes in two steps. `probe` lets the ffmpeg program walk through the file's packets, without decoding,
 in a process of its own: that refuses files that are no videos or are cut short, and gives every frame's time.
-Then `read_frames` decodes the wanted frames only, with decord where it is installed and agrees with the probe
-on the number of frames, else with ffmpeg. Both turn frames upright by the file's rotation tag and convert
-colours alike.
+Then `read_frames` decodes the wanted frames only, with decord where it is installed and finds frames exactly,
+else with ffmpeg. Both turn frames upright by the file's rotation tag and convert colours alike.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ READ_SAFELY = [
     "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg",
 ]
 CUT_SHORT = ("partial file", "ended prematurely")
-DISCARDED, CORRUPT = 0x4, 0x2  # AV_PKT_FLAG_*
+KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4  # AV_PKT_FLAG_*
 
 Audio = dict[str, Any]  # the host's AUDIO: waveform [1, channels, samples] float32, sample_rate in Hz
 Progress = Callable[[int, int], None]  # frames done, frames in all; may raise to stop
@@ -61,7 +60,11 @@ Progress = Callable[[int, int], None]  # frames done, frames in all; may raise t
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` found: size in pixels as displayed, frames a second, the time of each frame in seconds."""
+    """What `probe` found.
+
+    Size in pixels as displayed; mean frames a second; the time of each frame in seconds, in display order;
+    seekable: the container knows where each frame is; closed: no frame needs one from before the last key frame.
+    """
 
     path: str
     width: int
@@ -69,6 +72,8 @@ class VideoInfo:
     fps: float
     times: tuple[float, ...]
     has_audio: bool
+    seekable: bool
+    closed: bool
 
     @property
     def name(self) -> str:
@@ -135,9 +140,7 @@ def check_selection(start: float, start_unit: str, frame_count: int, frame_step:
     if frame_count < 0:
         raise ValueError(f"frame_count: {frame_count} frames cannot be kept; give 1 or more, or 0 for all.")
     if frame_step < 1:
-        raise ValueError(
-            f"frame_step: {frame_step} is not a step; give 1 for every frame, 2 for every second one."
-        )
+        raise ValueError(f"frame_step: {frame_step} is not a step; give 1 for every frame, 2 for every second one.")
 
 
 def select_frames(
@@ -211,9 +214,7 @@ def fitted_size(source: tuple[int, int], width: int, height: int, resize: str) -
     return width, height
 
 
-def source_box(
-    source: tuple[int, int], target: tuple[int, int], resize: str
-) -> tuple[float, float, float, float]:
+def source_box(source: tuple[int, int], target: tuple[int, int], resize: str) -> tuple[float, float, float, float]:
     """The part (left, top, right, bottom) of the source that becomes the target: centred, in source pixels.
 
     "stretch" takes all of it; "keep" a part of the target's size; the others the largest part that has the
@@ -265,10 +266,12 @@ def probe(path: str | Path) -> VideoInfo:
             f"file: '{name}' cannot be opened: it is no video, or it is truncated; upload it again, or choose"
             " another file."
         )
-    times = _frame_times(result.stdout.decode("ascii", "replace"))
+    packets = _packets(result.stdout.decode("ascii", "replace"))
     complaints = "\n".join(line for line in report.splitlines() if line.startswith("["))
-    if times is None or any(mark in complaints for mark in CUT_SHORT):
+    if any(mark in complaints for mark in CUT_SHORT) or (packets and packets[-1][1] & CORRUPT):
         raise ValueError(f"file: '{name}' is truncated: its end is missing; upload or download it again.")
+    # An edit list hides frames that others need for decoding: they are never displayed.
+    times = sorted(time for time, flags in packets if not flags & DISCARDED)
     width, height = _displayed_size(pictures[0])
     if result.returncode or not times or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ValueError(
@@ -278,7 +281,9 @@ def probe(path: str | Path) -> VideoInfo:
     fps = _frame_rate(pictures[0], times)
     if any(later <= earlier for earlier, later in zip(times, times[1:], strict=False)):
         times = [i / fps for i in range(len(times))]  # some containers store no usable times
-    return VideoInfo(full, width, height, fps, tuple(times), "Audio" in kinds)
+    container = re.search(r"^Input #0, (\w+)", described, flags=re.M)
+    seekable = container is not None and container.group(1) in ("mov", "matroska")
+    return VideoInfo(full, width, height, fps, tuple(times), "Audio" in kinds, seekable, _closed_groups(packets))
 
 
 def _existing_file(path: str | Path) -> str:
@@ -299,21 +304,29 @@ def _file_url(path: str | Path) -> str:
     return f"file:{path}"
 
 
-def _frame_times(listing: str) -> list[float] | None:
-    """Seconds of the displayed frames, in order, from a framecrc listing; None if its end is damaged."""
+def _packets(listing: str) -> list[tuple[float, int]]:
+    """(seconds, flags) of each packet of a framecrc listing, in the file's order."""
     unit = Fraction(1)
-    shown: list[Fraction] = []
-    flags = 0
+    packets = []
     for line in listing.splitlines():
         if line.startswith("#tb 0:"):
             unit = Fraction(line.split(":")[1].strip())
         elif line and not line.startswith("#"):
             fields = [field.strip() for field in line.split(",")]
-            flags = next((int(field[2:], 16) for field in fields if field.startswith("F=")), 0)
-            # An edit list hides frames that others need for decoding: they are never displayed.
-            if not flags & DISCARDED:
-                shown.append(int(fields[2]) * unit)
-    return None if flags & CORRUPT else [float(time) for time in sorted(shown)]
+            flags = next((int(field[2:], 16) for field in fields if field.startswith("F=")), KEY)
+            packets.append((float(int(fields[2]) * unit), flags))
+    return packets
+
+
+def _closed_groups(packets: Sequence[tuple[float, int]]) -> bool:
+    """Whether every frame that is stored after a key frame is displayed after it."""
+    key = float("-inf")
+    for time, flags in packets:
+        if flags & KEY:
+            key = time
+        elif time < key:
+            return False
+    return True
 
 
 def _displayed_size(stream: str) -> tuple[int, int]:
@@ -391,9 +404,10 @@ def _decord_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
         count = len(reader)
     except (RuntimeError, decord.DECORDError) as error:
         raise _CannotReadError(error) from error
-    # decord also counts the frames that an edit list hides: its numbers are then not those of the display.
-    if count != len(info.times):
-        raise _CannotReadError(f"it counts {count} frames, ffmpeg {len(info.times)}")
+    # decord miscounts, without an error, where frames are hidden by an edit list (it then counts these too),
+    # where it has to seek by file position, and where frames before a key frame depend on it.
+    if count != len(info.times) or not info.seekable or not info.closed:
+        raise _CannotReadError(f"its frame numbers would be wrong (it counts {count}, ffmpeg {len(info.times)})")
     for index in indices:
         try:
             frame = reader[index].asnumpy()
@@ -407,12 +421,16 @@ def _decord_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
 def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
     """The same frames by the ffmpeg program, one at a time through a pipe."""
     first, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
-    # Halfway to the frame before, so that rounding cannot move the cut to another frame.
-    seek = ["-ss", f"{(info.times[first - 1] + info.times[first]) / 2:.6f}"] if first else []
-    # One frame a second going in and coming out: no frame is dropped or doubled to keep a rate.
-    pick = rf"select=not(mod(n\,{step})),setpts=N/TB,scale={info.width}:{info.height}"
+    seek: list[str] = []
+    if first and info.seekable:
+        # Halfway to the frame before, so that rounding cannot move the cut to another frame.
+        seek = ["-ss", f"{(info.times[first - 1] + info.times[first]) / 2:.6f}"]
+        first = 0
+    # Frames leave at the rate that they are picked at: none is dropped or doubled to keep the clip's own rate.
+    pick = rf"select=gte(n\,{first})*not(mod(n-{first}\,{step})),setpts=N/TB,fps=1"
+    scale = f"scale={info.width}:{info.height}"
     command = [*_ffmpeg(), "-loglevel", "error", *READ_SAFELY, *seek, "-i", _file_url(info.path)]
-    command += ["-map", "0:V:0", "-vf", pick, "-r", "1", "-frames:v", str(len(indices))]
+    command += ["-map", "0:V:0", "-vf", f"{pick},{scale}", "-frames:v", str(len(indices))]
     command += ["-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     size = info.width * info.height * 3
     with tempfile.TemporaryFile() as log:
@@ -519,7 +537,7 @@ def save_clip(
         try:
             _run_encoder(command, images, pad, path.name, progress)
             if metadata and kind == "gif":
-                _append_gif_comment(partial, json.dumps(metadata))
+                _add_gif_comment(partial, json.dumps(metadata))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -530,8 +548,7 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
         raise ValueError(f"format: {kind!r} is not one of {', '.join(FORMATS)}.")
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
         raise ValueError(
-            f"images: shape {list(images.shape)} is not that of frames [count, height, width, 3];"
-            " connect an IMAGE."
+            f"images: shape {list(images.shape)} is not that of frames [count, height, width, 3]; connect an IMAGE."
         )
     if not isfinite(fps) or fps <= 0:
         raise ValueError(f"fps: {fps} frames a second cannot be played; give more than 0.")
@@ -596,13 +613,15 @@ def _run_encoder(
             for done, frame in enumerate(images, 1):
                 levels = frame[..., :3].detach().float().mul(255).round_().clamp_(0, 255)
                 pixels = np.pad(levels.byte().cpu().numpy(), ((0, pad[0]), (0, pad[1]), (0, 0)), mode="edge")
-                process.stdin.write(pixels.tobytes())
+                try:
+                    process.stdin.write(pixels.tobytes())
+                except OSError:  # ffmpeg has ended: its log says why
+                    break
                 if progress:
                     progress(done, len(images))
-            process.stdin.close()
+            with suppress(OSError):
+                process.stdin.close()
             code = process.wait(ENCODE_LIMIT)
-        except OSError:  # ffmpeg closed the pipe: it says why in its log
-            code = process.wait(ENCODE_LIMIT) or 1
         finally:
             process.kill()
             process.wait()
@@ -612,10 +631,10 @@ def _run_encoder(
             raise RuntimeError(f"ffmpeg could not write {name}: {_last_line(log) or f'exit status {code}'}")
 
 
-def _append_gif_comment(path: Path, text: str) -> None:
-    """Put a comment extension before the gif's end mark; ffmpeg's own gif writer stores no metadata."""
-    data = text.encode("ascii")
-    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x21\xfe" + blocks + b"\x00;")
+def _add_gif_comment(path: Path, text: str) -> None:
+    """Put a comment extension after the gif's header; ffmpeg's own gif writer stores no metadata."""
+    gif, comment = path.read_bytes(), text.encode("ascii")
+    parts = (comment[i : i + 255] for i in range(0, len(comment), 255))
+    extension = b"\x21\xfe" + b"".join(bytes([len(part)]) + part for part in parts) + b"\0"
+    colours = 3 * 2 ** ((gif[10] & 7) + 1) if gif[10] & 0x80 else 0  # the global colour table
+    path.write_bytes(gif[: 13 + colours] + extension + gif[13 + colours :])
