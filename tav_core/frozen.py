@@ -52,6 +52,29 @@ class _FrozenConv2d(torch.autograd.Function):
         return dx, None, None
 
 
+class _GatedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        x, gate = projected.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (projected,) = ctx.saved_tensors
+        x, gate = projected.chunk(2, dim=-1)
+        out = torch.empty_like(projected)
+        to_x, to_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=to_x)
+        to_gate.copy_(torch.ops.aten.gelu_backward(grad * x, gate))
+        return out
+
+
+def gated_gelu(projected: Tensor) -> Tensor:
+    """x * gelu(gate) of projected [..., 2 c] = (x, gate); saves that alone, and computes gelu twice."""
+    return _GatedGelu.apply(projected)
+
+
 def frozen_linear(x: Tensor, fetch: Fetch) -> Tensor:
     """``F.linear`` with the weight and bias that ``fetch(x)`` yields, in x's dtype and on x's device."""
     return _FrozenLinear.apply(x, fetch)

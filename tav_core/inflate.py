@@ -88,14 +88,24 @@ def transformer_blocks(unet: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def pooled_norms(unet: torch.nn.Module) -> list[torch.nn.GroupNorm]:
-    """The GroupNorms of residual blocks and of the output head; not those of the spatial transformers."""
-    places = (".in_layers.0", ".out_layers.0")
-    return [
-        module
-        for path, module in unet.named_modules()
-        if isinstance(module, torch.nn.GroupNorm) and (path == "out.0" or path.endswith(places))
-    ]
+def pooled_norms(unet: torch.nn.Module) -> dict[torch.nn.GroupNorm, torch.nn.Module | None]:
+    """The GroupNorms of residual blocks and of the output head; not those of the spatial transformers.
+
+    With each the activation right behind it, None where something comes between the two (a block that
+    modulates the norm's output by the timestep).
+    """
+    found: dict[torch.nn.GroupNorm, torch.nn.Module | None] = {}
+    for path, module in unet.named_modules():
+        for name in ("in_layers", "out_layers", "out"):
+            layers = getattr(module, name, None)
+            if (name == "out") != (path == "") or not isinstance(layers, torch.nn.Sequential):
+                continue
+            norm, activation = layers[0], layers[1]
+            if not isinstance(norm, torch.nn.GroupNorm):
+                continue
+            modulated = name == "out_layers" and module.use_scale_shift_norm
+            found[norm] = activation if isinstance(activation, torch.nn.SiLU) and not modulated else None
+    return found
 
 
 def query_shapes(unet: torch.nn.Module) -> dict[str, torch.Size]:
@@ -196,12 +206,16 @@ def _with_temporal(original: Forward, layer: TemporalLayer, strength: float, lay
     return forward
 
 
-def _pooled(norm: torch.nn.GroupNorm, layout: Layout, backend: Backend) -> Forward:
+def _pooled(norm: torch.nn.GroupNorm, silu: bool, layout: Layout, backend: Backend) -> Forward:
     def forward(x: Tensor) -> Tensor:
         weight, bias = backend.affine(norm, x)
-        return pooled_group_norm(x, layout.frames, norm.num_groups, weight, bias, norm.eps)
+        return pooled_group_norm(x, layout.frames, norm.num_groups, weight, bias, norm.eps, silu)
 
     return forward
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def inflated_forwards(
@@ -221,7 +235,10 @@ def inflated_forwards(
             forward = _with_temporal(block.forward, layers[path], inflation.temporal_strength, layout)
             swaps.append((block, forward))
     if inflation.pool_group_norm:
-        swaps += [(norm, _pooled(norm, layout, backend)) for norm in pooled_norms(unet)]
+        for norm, activation in pooled_norms(unet).items():
+            swaps.append((norm, _pooled(norm, activation is not None, layout, backend)))
+            if activation is not None:
+                swaps.append((activation, _identity))
     return swaps
 
 

@@ -1,4 +1,4 @@
-"""GroupNorm whose statistics are pooled over all frames of a video.
+"""GroupNorm whose statistics are pooled over all frames of a video, and the SiLU behind it.
 
 The released code norms the 5-D tensor [videos, c, frames, h, w] in its residual blocks and output head.
 Here frames stay on the batch axis; only the statistics cross them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,25 +29,30 @@ class _PooledGroupNorm(torch.autograd.Function):
     """Affine parameters are frozen; only x gets a gradient. Saves x and one pair of numbers per group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         c = x.shape[2]
         mean, rstd = _statistics(x, groups, eps)
         scale = _per_channel(rstd, c) * weight.float().view(-1, 1, 1)
         shift = bias.float().view(-1, 1, 1) - _per_channel(mean, c) * scale
         ctx.save_for_backward(x, mean, rstd)
-        ctx.scale, ctx.groups = scale, groups
-        return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+        ctx.scale, ctx.shift, ctx.silu = scale, shift, silu
+        y = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+        return F.silu(y, inplace=True) if silu else y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, mean, rstd = ctx.saved_tensors
-        c, groups = x.shape[2], ctx.groups
+        c, groups, scale = x.shape[2], rstd.shape[1], ctx.scale
+        if ctx.silu:
+            # Computing the norm again is cheaper than having kept what the SiLU saw.
+            y = torch.addcmul(ctx.shift.to(x.dtype), x, scale.to(x.dtype))
+            grad = torch.ops.aten.silu_backward(grad, y)
         count = x.shape[1] * (c // groups) * x.shape[3] * x.shape[4]
         # dx = rstd (g - mean(g) - x^ mean(g x^)) with g = grad * weight and x^ = (x - mean) rstd, the
         # means over a group: written as grad * scale - a - b x, so that only two reductions read x.
-        weight = ctx.scale / _per_channel(rstd, c)
-        per_channel = grad.float().sum(dim=(1, 3, 4), keepdim=True) * weight
-        per_channel_x = (grad.float() * x.float()).sum(dim=(1, 3, 4), keepdim=True) * weight
+        weight = scale / _per_channel(rstd, c)
+        per_channel = grad.sum(dim=(1, 3, 4), keepdim=True, dtype=torch.float32) * weight
+        per_channel_x = (grad * x).sum(dim=(1, 3, 4), keepdim=True, dtype=torch.float32) * weight
 
         def group_sum(t: Tensor) -> Tensor:
             return t.flatten(1).unflatten(1, (groups, -1)).sum(2)
@@ -56,16 +62,17 @@ class _PooledGroupNorm(torch.autograd.Function):
         b = rstd * rstd * sum_gx / count
         a = rstd * sum_g / count - b * mean
         a, b = _per_channel(a, c), _per_channel(b, c)
-        dx = torch.addcmul(-a.to(x.dtype), x, -b.to(x.dtype)).addcmul_(grad, ctx.scale.to(x.dtype))
-        return dx, None, None, None, None
+        dx = torch.addcmul(-a.to(x.dtype), x, -b.to(x.dtype)).addcmul_(grad, scale.to(x.dtype))
+        return dx, None, None, None, None, None
 
 
 def pooled_group_norm(
-    x: Tensor, frames: int, groups: int, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, frames: int, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
 ) -> Tensor:
     """GroupNorm of x [videos * frames, c, h, w] with statistics per video and group over all its frames.
 
-    ``weight`` and ``bias``: [c], frozen (no gradient flows to them). With ``frames`` = 1 this is GroupNorm.
+    ``weight`` and ``bias``: [c], frozen (no gradient flows to them). ``silu``: apply it to the result. With
+    ``frames`` = 1 this is GroupNorm.
     """
     video = x.unflatten(0, (-1, frames))
-    return _PooledGroupNorm.apply(video, groups, weight, bias, eps).flatten(0, 1)
+    return _PooledGroupNorm.apply(video, groups, weight, bias, eps, silu).flatten(0, 1)

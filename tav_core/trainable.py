@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attend
-from .frozen import WeightAndBias, frozen_conv2d, frozen_linear
+from .frozen import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
 from .inflate import Forward, pooled_norms, transformer_blocks
 
 TrainScope = Literal["all", "middle and up"]
@@ -79,6 +79,10 @@ def _layer_norm(norm: torch.nn.LayerNorm, backend: TrainingBackend) -> Forward:
     return lambda x: F.layer_norm(x, norm.normalized_shape, *backend.affine(norm, x), norm.eps)
 
 
+def _geglu(gate: Any) -> Forward:
+    return lambda x: gated_gelu(gate.proj(x))
+
+
 def _cross_attention(attn: Any, context: Tensor, fetch: FetchModule) -> Forward:
     # The text and its projections are frozen: keys and values are the same in every step.
     with torch.no_grad():
@@ -107,7 +111,7 @@ def training_forwards(
     [frames, tokens, c]. Every other layer becomes frozen: no weight gradient, no saved input.
     """
     swaps: list[tuple[torch.nn.Module, Forward]] = []
-    pooled = set(pooled_norms(unet))
+    pooled = pooled_norms(unet)
     for path, module in unet.named_modules():
         if f"{path}.weight" in queries:
             swaps.append((module, _query(queries[f"{path}.weight"])))
@@ -120,5 +124,8 @@ def training_forwards(
         elif isinstance(module, torch.nn.LayerNorm):
             swaps.append((module, _layer_norm(module, backend)))
     for block in transformer_blocks(unet).values():
+        gate = block.ff.net[0]
+        if hasattr(gate, "proj"):
+            swaps.append((gate, _geglu(gate)))
         swaps.append((block.attn2, _cross_attention(block.attn2, context, fetch)))
     return swaps

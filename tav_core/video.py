@@ -2,7 +2,7 @@
 
 Reading goes in two steps. `probe` lets the ffmpeg program walk through the file's packets, without decoding,
 in a process of its own: that refuses files that are no videos or are cut short, and gives every frame's time.
-Then `read_frames` decodes the wanted frames only, with decord where it is installed and finds frames exactly,
+Then `read_frames` keeps the wanted frames, decoded with decord where it is installed and finds frames exactly,
 else with ffmpeg. Both turn frames upright by the file's rotation tag and convert colours alike.
 """
 
@@ -41,6 +41,7 @@ SIDE_MULTIPLE = 8  # the VAE halves a side three times
 MAX_SIDE = 16384
 PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 DECODE_LIMIT = 900
+FAR = 1000  # frames that are decoded in vain before ffmpeg, which can jump, is the faster reader
 ENCODE_LIMIT = 1800  # after the last frame was handed over
 
 # A text file with a video's name may be a playlist that names other files or addresses: only real containers
@@ -63,7 +64,7 @@ class VideoInfo:
     """What `probe` found.
 
     Size in pixels as displayed; mean frames a second; the time of each frame in seconds, in display order;
-    seekable: the container knows where each frame is; closed: no frame needs one from before the last key frame.
+    keys: the numbers of the frames where decoding can begin, none if the container does not find them exactly.
     """
 
     path: str
@@ -71,9 +72,8 @@ class VideoInfo:
     height: int
     fps: float
     times: tuple[float, ...]
+    keys: tuple[int, ...]
     has_audio: bool
-    seekable: bool
-    closed: bool
 
     @property
     def name(self) -> str:
@@ -271,7 +271,8 @@ def probe(path: str | Path) -> VideoInfo:
     if any(mark in complaints for mark in CUT_SHORT) or (packets and packets[-1][1] & CORRUPT):
         raise ValueError(f"file: '{name}' is truncated: its end is missing; upload or download it again.")
     # An edit list hides frames that others need for decoding: they are never displayed.
-    times = sorted(time for time, flags in packets if not flags & DISCARDED)
+    shown = sorted((time, flags) for time, flags in packets if not flags & DISCARDED)
+    times = [time for time, _ in shown]
     width, height = _displayed_size(pictures[0])
     if result.returncode or not times or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ValueError(
@@ -281,9 +282,10 @@ def probe(path: str | Path) -> VideoInfo:
     fps = _frame_rate(pictures[0], times)
     if any(later <= earlier for earlier, later in zip(times, times[1:], strict=False)):
         times = [i / fps for i in range(len(times))]  # some containers store no usable times
-    container = re.search(r"^Input #0, (\w+)", described, flags=re.M)
-    seekable = container is not None and container.group(1) in ("mov", "matroska")
-    return VideoInfo(full, width, height, fps, tuple(times), "Audio" in kinds, seekable, _closed_groups(packets))
+    keys = [number for number, (_, flags) in enumerate(shown) if flags & KEY]
+    if not re.match(r"Input #0, (mov|matroska)", described):
+        keys = []
+    return VideoInfo(full, width, height, fps, tuple(times), tuple(keys), "Audio" in kinds)
 
 
 def _existing_file(path: str | Path) -> str:
@@ -316,17 +318,6 @@ def _packets(listing: str) -> list[tuple[float, int]]:
             flags = next((int(field[2:], 16) for field in fields if field.startswith("F=")), KEY)
             packets.append((float(int(fields[2]) * unit), flags))
     return packets
-
-
-def _closed_groups(packets: Sequence[tuple[float, int]]) -> bool:
-    """Whether every frame that is stored after a key frame is displayed after it."""
-    key = float("-inf")
-    for time, flags in packets:
-        if flags & KEY:
-            key = time
-        elif time < key:
-            return False
-    return True
 
 
 def _displayed_size(stream: str) -> tuple[int, int]:
@@ -404,28 +395,35 @@ def _decord_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
         count = len(reader)
     except (RuntimeError, decord.DECORDError) as error:
         raise _CannotReadError(error) from error
-    # decord miscounts, without an error, where frames are hidden by an edit list (it then counts these too),
-    # where it has to seek by file position, and where frames before a key frame depend on it.
-    if count != len(info.times) or not info.seekable or not info.closed:
-        raise _CannotReadError(f"its frame numbers would be wrong (it counts {count}, ffmpeg {len(info.times)})")
-    for index in indices:
+    # It also counts the frames that an edit list hides, and drops the first ones of some containers.
+    if count != len(info.times) or not info.keys:
+        raise _CannotReadError("its frame numbers would be wrong")
+    # Read on from frame to frame: where a clip's groups of frames are open (HEVC's default), decord's own access by
+    # number, and its skip_frames, give a frame some numbers off, without an error.
+    if indices[0] > FAR:
+        raise _CannotReadError(f"frame {indices[0]} is far from the beginning")
+    wanted = set(indices)
+    for index in range(indices[-1] + 1):
         try:
-            frame = reader[index].asnumpy()
-        except (RuntimeError, decord.DECORDError) as error:
+            frame = reader.next()
+            if index in wanted:
+                pixels = frame.asnumpy()
+        except (RuntimeError, StopIteration, decord.DECORDError) as error:
             raise _CannotReadError(error) from error
-        if frame.shape[:2] != (info.height, info.width):
-            raise _CannotReadError(f"a frame of {frame.shape[1]}x{frame.shape[0]}")
-        yield frame
+        if index in wanted:
+            yield pixels
 
 
 def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
     """The same frames by the ffmpeg program, one at a time through a pipe."""
     first, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
     seek: list[str] = []
-    if first and info.seekable:
-        # Halfway to the frame before, so that rounding cannot move the cut to another frame.
-        seek = ["-ss", f"{(info.times[first - 1] + info.times[first]) / 2:.6f}"]
-        first = 0
+    key = max((key for key in info.keys if key <= first), default=0)
+    if key:
+        # To a key frame: from elsewhere, ffmpeg too can lose frames of an open group. And halfway to the frame before
+        # it, so that rounding cannot move the cut.
+        seek = ["-ss", f"{(info.times[key - 1] + info.times[key]) / 2:.6f}"]
+        first -= key
     # Frames leave at the rate that they are picked at: none is dropped or doubled to keep the clip's own rate.
     pick = rf"select=gte(n\,{first})*not(mod(n-{first}\,{step})),setpts=N/TB,fps=1"
     scale = f"scale={info.width}:{info.height}"

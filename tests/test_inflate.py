@@ -83,13 +83,15 @@ def test_temporal_attention_is_attention_over_the_frames_of_each_pixel() -> None
             torch.testing.assert_close(out[video, :, pixel], attend(*rows, heads)[0])
 
 
-def test_pooled_group_norm_is_group_norm_of_the_video() -> None:
+@pytest.mark.parametrize("silu", [False, True])
+def test_pooled_group_norm_is_group_norm_of_the_video(silu: bool) -> None:
     frames, videos, c, groups = 3, 2, 8, 4
     x = torch.randn(videos * frames, c, 4, 5, dtype=torch.float64, requires_grad=True) + 2
     weight, bias = torch.randn(c, dtype=torch.float64), torch.randn(c, dtype=torch.float64)
-    ours = pooled_group_norm(x, frames, groups, weight, bias, 1e-5)
+    ours = pooled_group_norm(x, frames, groups, weight, bias, 1e-5, silu)
     five_d = x.unflatten(0, (videos, frames)).transpose(1, 2)
     theirs = torch.nn.functional.group_norm(five_d, groups, weight, bias, 1e-5).transpose(1, 2).flatten(0, 1)
+    theirs = torch.nn.functional.silu(theirs) if silu else theirs
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     g = torch.randn_like(x)
     (ours_dx,) = torch.autograd.grad(ours, x, g, retain_graph=True)
