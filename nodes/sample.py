@@ -53,10 +53,10 @@ class DDIMInvert(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any], conditioning: Any, steps: int) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        host.check_model(model)
         samples = host.check_latent(model, latent)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
-        host.unet_of(model)
         inverted = host.run_sampler(
             model,
             ddim_invert,
@@ -140,6 +140,7 @@ class TAVSample(io.ComfyNode):
         last_step: str = LAST_STEPS[0],
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        host.check_model(model)
         samples = host.check_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))

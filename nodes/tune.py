@@ -85,7 +85,7 @@ class InflateUNet(io.ComfyNode):
         motion: Motion | None = None,
     ) -> io.NodeOutput:
         """Refuses models without a Stable Diffusion UNet and motions of another model (ValueError)."""
-        host.prediction_type(model)
+        host.check_model(model)
         inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
         return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))
 
@@ -192,8 +192,8 @@ class OneShotTune(io.ComfyNode):
         motion: Motion | None = None,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        host.check_model(model)
         samples = host.check_latent(model, latent)
-        host.prediction_type(model)
         if len(conditioning) != 1:
             raise ValueError(
                 f"conditioning: it holds {len(conditioning)} prompts, and a clip is tuned on exactly one. "

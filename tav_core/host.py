@@ -54,6 +54,12 @@ def unet_of(model: ModelPatcher) -> torch.nn.Module:
     return unet
 
 
+def check_model(model: ModelPatcher) -> None:
+    """Refuse a MODEL that is no Stable Diffusion UNet with a discrete schedule (ValueError)."""
+    unet_of(model)
+    prediction_type(model)
+
+
 def query_shapes(model: ModelPatcher) -> dict[str, torch.Size]:
     """Shape of every query projection's weight of the model's UNet, by path."""
     return inflate.query_shapes(unet_of(model))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import attend
 from .frozen import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
-from .inflate import Forward, pooled_norms, transformer_blocks
+from .inflate import Forward, transformer_blocks
 
 TrainScope = Literal["all", "middle and up"]
 TRAIN_SCOPES: tuple[TrainScope, ...] = get_args(TrainScope)
@@ -111,7 +111,6 @@ def training_forwards(
     [frames, tokens, c]. Every other layer becomes frozen: no weight gradient, no saved input.
     """
     swaps: list[tuple[torch.nn.Module, Forward]] = []
-    pooled = pooled_norms(unet)
     for path, module in unet.named_modules():
         if f"{path}.weight" in queries:
             swaps.append((module, _query(queries[f"{path}.weight"])))
@@ -119,7 +118,7 @@ def training_forwards(
             swaps.append((module, partial(frozen_linear, fetch=partial(fetch, module))))
         elif isinstance(module, torch.nn.Conv2d):
             swaps.append((module, partial(frozen_conv2d, module=module, fetch=partial(fetch, module))))
-        elif isinstance(module, torch.nn.GroupNorm) and module not in pooled:
+        elif isinstance(module, torch.nn.GroupNorm):
             swaps.append((module, _group_norm(module, backend)))
         elif isinstance(module, torch.nn.LayerNorm):
             swaps.append((module, _layer_norm(module, backend)))

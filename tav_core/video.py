@@ -41,17 +41,13 @@ SIDE_MULTIPLE = 8  # the VAE halves a side three times
 MAX_SIDE = 16384
 PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 DECODE_LIMIT = 900
-FAR = 1000  # frames that are decoded in vain before ffmpeg, which can jump, is the faster reader
+MAX_PASSED_OVER = 300  # frames; above that, ffmpeg, which can jump to a key frame, is the faster reader
 ENCODE_LIMIT = 1800  # after the last frame was handed over
 
 # A text file with a video's name may be a playlist that names other files or addresses: only real containers
 # are opened, and only from the disk.
-READ_SAFELY = [
-    "-protocol_whitelist",
-    "file",
-    "-format_whitelist",
-    "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg",
-]
+CONTAINERS = "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg"
+READ_SAFELY = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
 CUT_SHORT = ("partial file", "ended prematurely")
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4  # AV_PKT_FLAG_*
 
@@ -222,7 +218,7 @@ def source_box(source: tuple[int, int], target: tuple[int, int], resize: str) ->
     """
     if resize == "stretch":
         return 0.0, 0.0, float(source[0]), float(source[1])
-    if resize == "keep":  # on whole pixels: the frame is copied, not resampled
+    if resize == "keep":  # on whole pixels, so that resampling leaves them as they are
         x, y = (source[0] - target[0]) // 2, (source[1] - target[1]) // 2
         return float(x), float(y), float(x + target[0]), float(y + target[1])
     scale = max(target[0] / source[0], target[1] / source[1])
@@ -395,22 +391,24 @@ def _decord_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
         count = len(reader)
     except (RuntimeError, decord.DECORDError) as error:
         raise _CannotReadError(error) from error
-    # It also counts the frames that an edit list hides, and drops the first ones of some containers.
+    # It also counts the frames that an edit list hides, and loses the first ones of some containers.
     if count != len(info.times) or not info.keys:
         raise _CannotReadError("its frame numbers would be wrong")
-    # Read on from frame to frame: where a clip's groups of frames are open (HEVC's default), decord's own access by
-    # number, and its skip_frames, give a frame some numbers off, without an error.
-    if indices[0] > FAR:
-        raise _CannotReadError(f"frame {indices[0]} is far from the beginning")
+    # Read on from frame to frame: where a clip's groups of frames are open (HEVC's default), decord's own access
+    # by number, and its skip_frames, give a frame some numbers off, without an error.
+    passed_over = indices[-1] + 1 - len(indices)
+    if passed_over > MAX_PASSED_OVER:
+        raise _CannotReadError(f"{passed_over} frames would be decoded in vain")
     wanted = set(indices)
     for index in range(indices[-1] + 1):
         try:
             frame = reader.next()
-            if index in wanted:
-                pixels = frame.asnumpy()
+            pixels = frame.asnumpy() if index in wanted else None
         except (RuntimeError, StopIteration, decord.DECORDError) as error:
             raise _CannotReadError(error) from error
-        if index in wanted:
+        if pixels is not None:
+            if pixels.shape[:2] != (info.height, info.width):
+                raise _CannotReadError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]}")
             yield pixels
 
 
@@ -420,8 +418,8 @@ def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
     seek: list[str] = []
     key = max((key for key in info.keys if key <= first), default=0)
     if key:
-        # To a key frame: from elsewhere, ffmpeg too can lose frames of an open group. And halfway to the frame before
-        # it, so that rounding cannot move the cut.
+        # To a key frame: from elsewhere, ffmpeg too can lose frames of an open group. And halfway to the frame
+        # before it, so that rounding cannot move the cut.
         seek = ["-ss", f"{(info.times[key - 1] + info.times[key]) / 2:.6f}"]
         first -= key
     # Frames leave at the rate that they are picked at: none is dropped or doubled to keep the clip's own rate.
@@ -458,17 +456,9 @@ def read_audio(info: VideoInfo, start: float, duration: float) -> Audio | None:
 
     None if the track has no sound in that span, or cannot be decoded (which is logged, not raised).
     """
-    command = [*_ffmpeg(), "-loglevel", "error", *READ_SAFELY, "-ss", f"{start:.6f}"]
-    command += [
-        "-i",
-        _file_url(info.path),
-        "-t",
-        f"{duration:.6f}",
-        "-map",
-        "0:a:0",
-        "-af",
-        "aresample=async=1:first_pts=0",
-    ]
+    command = [*_ffmpeg(), "-loglevel", "error", *READ_SAFELY]
+    command += ["-ss", f"{start:.6f}", "-i", _file_url(info.path), "-t", f"{duration:.6f}"]
+    command += ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0"]
     command += ["-c:a", "pcm_f32be", "-f", "au", "-"]
     try:
         result = subprocess.run(command, capture_output=True, timeout=PROBE_LIMIT)  # noqa: S603
@@ -548,8 +538,8 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
         raise ValueError(
             f"images: shape {list(images.shape)} is not that of frames [count, height, width, 3]; connect an IMAGE."
         )
-    if not isfinite(fps) or fps <= 0:
-        raise ValueError(f"fps: {fps} frames a second cannot be played; give more than 0.")
+    if not isfinite(fps) or fps < 0.01:
+        raise ValueError(f"fps: {fps} frames a second cannot be played; give 0.01 or more.")
     if kind == "gif" and fps > 50:
         raise ValueError(f"fps: gif cannot play {fps:g} frames a second; give at most 50, or choose mp4.")
     if not 0 <= quality <= 100:

@@ -23,6 +23,15 @@ FORMAT = "tune-a-video motion"
 FORMAT_VERSION = 1
 QUERY_SUFFIX = ".diff"
 TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
+TEMPORAL_LEAVES = (
+    "attn_temp.to_q.weight",
+    "attn_temp.to_k.weight",
+    "attn_temp.to_v.weight",
+    "attn_temp.to_out.0.weight",
+    "attn_temp.to_out.0.bias",
+    "norm_temp.weight",
+    "norm_temp.bias",
+)
 
 
 @dataclass(frozen=True)
@@ -83,26 +92,26 @@ def load_motion(path: Path) -> Motion:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != FORMAT:
                 raise ValueError(
-                    f"{path.name} is a safetensors file, but not a Tune-A-Video motion. "
+                    f"file: {path.name} is a safetensors file, but not a Tune-A-Video motion. "
                     "Choose a file written by Save Motion."
                 )
             version = metadata.pop("format_version", "")
             if not version.isdigit() or int(version) > FORMAT_VERSION:
                 raise ValueError(
-                    f"{path.name} has motion format version {version or 'unknown'}; this version of the pack "
+                    f"file: {path.name} has motion format version {version or 'unknown'}; this version of the pack "
                     f"reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
                 )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path.name} cannot be read as a motion file ({error}). It is damaged or incomplete: "
+            f"file: {path.name} cannot be read as a motion file ({error}). It is damaged or incomplete: "
             "copy it again, or tune again."
         ) from error
     del metadata["format"]
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise ValueError(f"{path.name} holds values that are not finite (first in {bad}). Tune again.")
+        raise ValueError(f"file: {path.name} holds values that are not finite (first in {bad}). Tune again.")
     return Motion(tensors, metadata)
 
 
@@ -115,32 +124,38 @@ def check_fits(motion: Motion, query_shapes: Mapping[str, torch.Size], family: s
     tuned_on = motion.metadata.get("base_family", family)
     if tuned_on != family:
         raise ValueError(
-            f"The motion was tuned on {tuned_on}, but the model is {family}. "
+            f"motion: it was tuned on {tuned_on}, but the model is {family}. "
             "Load a motion of the model's own family, or a checkpoint of the motion's."
         )
     if not motion.tensors:
-        raise ValueError("The motion holds no weights. Tune again.")
+        raise ValueError("motion: it holds no weights. Tune again.")
     for key, value in sorted(motion.tensors.items()):
         expected = _expected_shape(key, query_shapes)
         if expected is None:
-            raise ValueError(f"The motion's {key} has no place in this model. Is it from another architecture?")
+            raise ValueError(f"motion: {key} has no place in this model. Is it from another architecture?")
         if value.shape != expected:
             raise ValueError(
-                f"The motion does not fit the model: {key} is {list(value.shape)}, "
+                f"motion: it does not fit the model: {key} is {list(value.shape)}, "
                 f"the model needs {list(expected)}."
+            )
+    for block in sorted({key.partition(mark)[0] for key in motion.tensors for mark in TEMPORAL_MARKS if mark in key}):
+        missing = next((leaf for leaf in TEMPORAL_LEAVES if f"{block}.{leaf}" not in motion.tensors), None)
+        if missing is not None:
+            raise ValueError(
+                f"motion: {block}.{missing} is missing. The file is incomplete: copy it again, or tune again."
             )
 
 
 def _expected_shape(key: str, query_shapes: Mapping[str, torch.Size]) -> torch.Size | None:
     if key.endswith(QUERY_SUFFIX):
         return query_shapes.get(key.removesuffix(QUERY_SUFFIX) + ".weight")
-    for mark in TEMPORAL_MARKS:
-        block, found, leaf = key.partition(mark)
-        query = query_shapes.get(f"{block}.attn1.to_q.weight")
-        if found and query is not None:
-            inner, channels = query
-            vector = leaf.endswith("bias") or mark == ".norm_temp."
-            if leaf == "to_out.0.weight":
-                return torch.Size((channels, inner))
-            return torch.Size((channels,)) if vector else torch.Size((inner, channels))
-    return None
+    leaf = next((leaf for leaf in TEMPORAL_LEAVES if key.endswith(f".{leaf}")), None)
+    query = query_shapes.get(f"{key.removesuffix(f'.{leaf}')}.attn1.to_q.weight")
+    if leaf is None or query is None:
+        return None
+    inner, channels = query
+    if leaf == "attn_temp.to_out.0.weight":
+        return torch.Size((channels, inner))
+    if leaf in ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias"):
+        return torch.Size((channels,))
+    return torch.Size((inner, channels))

@@ -17,8 +17,10 @@ SHAPES = {f"{BLOCK}.{name}.to_q.weight": torch.Size((8, 8)) for name in ("attn1"
 
 def motion() -> Motion:
     tensors = {f"{BLOCK}.{name}.to_q.diff": torch.randn(8, 8) for name in ("attn1", "attn2")}
-    tensors |= {f"{BLOCK}.attn_temp.{name}.weight": torch.randn(8, 8) for name in ("to_q", "to_k", "to_v", "to_out.0")}
-    tensors |= {f"{BLOCK}.{name}": torch.randn(8) for name in ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias")}
+    vectors = ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias")
+    tensors |= {
+        f"{BLOCK}.{leaf}": torch.randn(8) if leaf in vectors else torch.randn(8, 8) for leaf in weights.TEMPORAL_LEAVES
+    }
     return Motion(tensors, {"base_family": "SD1", "prompt": "사람이 스키를 탄다", "frame_count": "24"})
 
 
@@ -62,14 +64,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path.write_bytes(
         {"empty": b"", "text": b"not a motion", "truncated": data[:-9], "header": b"\xff" * 8 + data[8:]}[damage]
     )
-    with pytest.raises(ValueError, match="motion.safetensors cannot be read as a motion file.*copy it again"):
+    with pytest.raises(ValueError, match="^file: motion.safetensors cannot be read as a motion file.*copy it again"):
         load_motion(path)
 
 
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     safetensors.torch.save_file({"lora": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="lora.safetensors is a safetensors file, but not a Tune-A-Video motion"):
+    with pytest.raises(ValueError, match="^file: lora.safetensors is .* not a Tune-A-Video motion"):
         load_motion(path)
 
 
@@ -98,7 +100,7 @@ def test_fit() -> None:
 
 
 def test_another_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="tuned on SD1, but the model is SDXL"):
+    with pytest.raises(ValueError, match="^motion: it was tuned on SD1, but the model is SDXL"):
         check_fits(motion(), SHAPES, "SDXL")
 
 
@@ -121,3 +123,10 @@ def test_a_key_without_a_place_is_refused(key: str) -> None:
 def test_an_empty_motion_is_refused() -> None:
     with pytest.raises(ValueError, match="holds no weights"):
         check_fits(Motion({}), SHAPES, "SD1")
+
+
+@pytest.mark.parametrize("key", sorted(motion().temporal()))
+def test_a_temporal_layer_that_is_not_whole_is_refused(key: str) -> None:
+    tensors = {k: v for k, v in motion().tensors.items() if k != key}
+    with pytest.raises(ValueError, match=f"^motion: {key} is missing"):
+        check_fits(Motion(tensors), SHAPES, "SD1")

@@ -1,0 +1,214 @@
+"""The nodes themselves, on small models, inside ComfyUI's modules but without its server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host, pictures
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+pytestmark = pytest.mark.comfyui
+
+PROMPT = {
+    "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a man is skiing", "clip": ["9", 1]}},
+    "2": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["1", 0]}},
+    "3": {"class_type": "TAV_OneShotTune", "inputs": {"conditioning": ["2", 0], "steps": 2}},
+    "4": {"class_type": "Loop", "inputs": {"conditioning": ["4", 0], "other": 3}},
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_server() -> Any:
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    import tune_a_video.nodes.tune as tune
+    from tune_a_video.nodes import motion, sample
+
+    hidden = SimpleNamespace(prompt=PROMPT, unique_id="3", extra_pnginfo=None)
+    monkeypatch.setattr(tune.OneShotTune, "hidden", hidden)
+    return SimpleNamespace(
+        tune=tune.OneShotTune,
+        inflate=tune.InflateUNet,
+        invert=sample.DDIMInvert,
+        sample=sample.TAVSample,
+        save=motion.SaveMotion,
+        load=motion.LoadMotion,
+    )
+
+
+def clip(frames: int = 3, seed: int = 0) -> dict[str, Any]:
+    return {"samples": torch.randn(frames, 4, 8, 8, generator=torch.Generator().manual_seed(seed))}
+
+
+def conditioning(model: Any, seed: int = 1) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 7, host.context_width(model), generator=generator), {}]]
+
+
+def tuned(nodes: Any, model: Any, **options: Any) -> tuple[Any, Motion, Tensor]:
+    arguments = {
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "train_scope": "all",
+        "precision": "auto",
+        "warmup_steps": 0,
+        "gradient_clip": 1.0,
+        "latent": clip(),
+        "conditioning": conditioning(model),
+        **options,
+    }
+    return nodes.tune.execute(model=model, **arguments).result
+
+
+def sampled(nodes: Any, model: Any, latent: dict[str, Any], **options: Any) -> dict[str, Any]:
+    arguments = {"steps": 3, "guidance": 3.0, "eta": 0.0, "seed": 0, **options}
+    positive, negative = conditioning(model, 5), conditioning(model, 6)
+    return nodes.sample.execute(model, positive, negative, latent, **arguments).result[0]
+
+
+def test_every_input_and_output_has_a_tooltip() -> None:
+    from tune_a_video.nodes import TuneAVideoExtension
+
+    listed = asyncio.run(TuneAVideoExtension().get_node_list())
+    ids = {}
+    for node in listed:
+        schema = node.define_schema()
+        ids[schema.node_id] = node.__name__
+        assert schema.category == "Tune-A-Video" and schema.description
+        for socket in (*schema.inputs, *schema.outputs):
+            assert socket.tooltip, f"{schema.node_id}: {getattr(socket, 'id', socket)}"
+    # A contract with saved workflows.
+    assert ids == {
+        "TAV_LoadVideo": "LoadVideo",
+        "TAV_InflateUNet": "InflateUNet",
+        "TAV_OneShotTune": "OneShotTune",
+        "TAV_DDIMInvert": "DDIMInvert",
+        "TAV_Sample": "TAVSample",
+        "TAV_SaveVideo": "SaveVideo",
+        "TAV_SaveMotion": "SaveMotion",
+        "TAV_LoadMotion": "LoadMotion",
+    }
+
+
+def test_defaults_are_the_released_settings(nodes: Any) -> None:
+    def defaults(node: Any) -> dict[str, Any]:
+        return {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+
+    expected = {"steps": 500, "learning_rate": 3e-5, "train_scope": "all", "warmup_steps": 0, "gradient_clip": 1.0}
+    assert expected.items() <= defaults(nodes.tune).items()
+    assert defaults(nodes.invert)["steps"] == 50
+    assert {"steps": 50, "guidance": 12.5, "eta": 0.0}.items() <= defaults(nodes.sample).items()
+
+
+def test_tuning_gives_a_model_that_is_what_its_motion_gives(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    out, motion, curve = tuned(nodes, model)
+    again = nodes.inflate.execute(model, "sparse-causal", "over frames", 1.0, 1.0, motion).result[0]
+    assert torch.equal(sampled(nodes, out, clip(seed=3))["samples"], sampled(nodes, again, clip(seed=3))["samples"])
+    assert all(value.dtype == torch.float16 for value in motion.tensors.values())
+    assert curve.ndim == 4 and curve.shape[-1] == 3 and 0 <= float(curve.min()) < float(curve.max()) <= 1
+
+
+def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
+    _, motion, _ = tuned(nodes, build_model(UNETS["tiny-v"], prediction="v"), train_scope="middle and up")
+    expected = {
+        "base_family": "a model of text width 32",
+        "prediction_type": "v",
+        "prompt": "a man is skiing",
+        "frame_count": "3",
+        "width": "64",
+        "height": "64",
+        "steps": "2",
+        "seed": "0",
+    }
+    assert expected.items() <= motion.metadata.items()
+    options = json.loads(motion.metadata["options"])
+    assert options["train_scope"] == "middle and up" and options["attention"] == "sparse-causal"
+
+
+def test_the_prompt_is_looked_for_upstream() -> None:
+    from tune_a_video.nodes.prompt import source_text
+
+    assert source_text(PROMPT, "3", "conditioning") == "a man is skiing"
+    assert source_text(PROMPT, "4", "conditioning") == ""
+    assert source_text(None, None, "conditioning") == ""
+
+
+def test_tuning_keeps_the_inflation_it_is_given(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    inflated = nodes.inflate.execute(model, "first frame only", "per frame", 1.0, 1.0).result[0]
+    out, motion, _ = tuned(nodes, inflated)
+    kept = host.inflation_of(out)
+    assert kept is not None and kept.inflation.attention == "first frame only" and not kept.inflation.pool_group_norm
+    assert json.loads(motion.metadata["options"])["group_norm"] == "per frame"
+
+
+def test_tuning_goes_on_from_the_motion_a_model_carries(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    out, motion, _ = tuned(nodes, model)
+    from_model, from_motion = tuned(nodes, out)[1], tuned(nodes, model, motion=motion)[1]
+    assert all(torch.equal(value, from_motion.tensors[key]) for key, value in from_model.tensors.items())
+    assert any(not torch.equal(value, motion.tensors[key]) for key, value in from_model.tensors.items())
+
+
+def test_a_masked_edit_changes_the_masked_part_alone(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    out, _, _ = tuned(nodes, model)
+    mask = torch.zeros(3, 8, 8)
+    mask[:, :, 4:] = 1.0
+    source = clip()
+    inverted = nodes.invert.execute(out, {**source, "noise_mask": mask}, conditioning(model), 3).result[0]
+    edited = sampled(nodes, out, inverted)["samples"]
+    assert torch.equal(edited[..., :4], source["samples"][..., :4])
+    assert float((edited[..., 4:] - source["samples"][..., 4:]).abs().mean()) > 0.1
+    with pytest.raises(ValueError, match="^latent: it has a noise mask, but not the clip"):
+        sampled(nodes, out, {**source, "noise_mask": mask})
+
+
+def test_motions_are_saved_and_loaded_by_name(nodes: Any) -> None:
+    import folder_paths
+
+    _, motion, _ = tuned(nodes, build_model(UNETS["tiny"]))
+    first, second = (nodes.save.execute(motion, "clips/ski").result[0] for _ in range(2))
+    assert first != second
+    names = {f"clips/ski_0000{i}_.safetensors" for i in (1, 2)}
+    assert names <= set(folder_paths.get_filename_list("tav"))
+    read = nodes.load.execute("clips/ski_00001_.safetensors").result[0]
+    assert read.metadata == motion.metadata
+    assert all(torch.equal(value, motion.tensors[key]) for key, value in read.tensors.items())
+    before = nodes.load.fingerprint_inputs("clips/ski_00001_.safetensors")
+    assert before != nodes.load.fingerprint_inputs("clips/ski_00002_.safetensors")
+    assert nodes.load.fingerprint_inputs("absent.safetensors") == ""
+    with pytest.raises(ValueError, match="^file: absent.safetensors is not in the models folder"):
+        nodes.load.execute("absent.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["../motion", "/motion"])
+def test_a_motion_is_not_saved_outside_its_folder(nodes: Any, prefix: str) -> None:
+    with pytest.raises(Exception, match="[Ss]av"):
+        nodes.save.execute(Motion({"x": torch.zeros(1)}), prefix)
+
+
+@pytest.mark.parametrize("losses", [[1.0], [0.5, 0.25], [1.0] * 500, [1 / (i + 1) for i in range(500)]])
+def test_loss_curves_of_any_length(losses: list[float]) -> None:
+    image = pictures.loss_curve(losses)
+    assert image.shape[0] == 1 and image.isfinite().all() and float(image.std()) > 0.01
+
+
+def test_several_prompts_cannot_be_tuned_on(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    with pytest.raises(ValueError, match="^conditioning: it holds 2 prompts"):
+        tuned(nodes, model, conditioning=conditioning(model) + conditioning(model, 2))
