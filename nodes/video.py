@@ -113,7 +113,7 @@ class LoadVideo(io.ComfyNode):
         try:
             _input_file(file)
         except ValueError as error:
-            return str(error)
+            return str(error).removeprefix("file: ")  # the host names the input itself
         return True
 
     @classmethod

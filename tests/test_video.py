@@ -24,6 +24,8 @@ from tune_a_video.tav_core import video
 WIDTH, HEIGHT, BITS = 96, 64, 8
 GROUPS = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-pix_fmt", "yuv420p"]
 
+OPEN_GROUPS = ["-c:v", "mpeg4", "-bf", "2", "-g", "12", "-q:v", "2"]
+
 
 def ffmpeg(*arguments: str | Path, stdin: bytes = b"") -> bytes:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
@@ -55,7 +57,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("clips")
     made = {
         "plain.mp4": make_clip(folder / "plain.mp4"),
-        "open.mp4": make_clip(folder / "open.mp4", *GROUPS, "-x264-params", "open-gop=1:bframes=4"),
+        # Open groups: frames shown before a key frame are stored after it, and need it.
+        "open.mp4": make_clip(folder / "open.mp4", *OPEN_GROUPS),
+        "open.mkv": make_clip(folder / "open.mkv", *OPEN_GROUPS),
         "long.mkv": make_clip(folder / "long.mkv", "-c:v", "libx264", "-g", "500", "-pix_fmt", "yuv420p"),
         "plain.webm": make_clip(folder / "plain.webm", "-c:v", "libvpx-vp9", "-g", "20", "-pix_fmt", "yuv420p"),
         "plain.avi": make_clip(folder / "plain.avi", "-c:v", "mpeg4", "-q:v", "2"),
@@ -76,17 +80,8 @@ def first_number(name: str) -> int:
     return 20 if name == "edit.mp4" else 0
 
 
-SEEKABLE = [
-    "plain.mp4",
-    "open.mp4",
-    "long.mkv",
-    "plain.webm",
-    "plain.avi",
-    "plain.gif",
-    "odd.mp4",
-    "ten.mp4",
-    "full.mp4",
-]
+DECORD_READS = ["plain.mp4", "open.mp4", "open.mkv", "long.mkv", "plain.webm", "odd.mp4", "ten.mp4", "full.mp4"]
+DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4"]
 
 
 # --- which frames --------------------------------------------------------------------------------
@@ -189,25 +184,28 @@ def test_resize_of_a_real_frame(tmp_path: Path) -> None:
     ffmpeg(*raw, "-c:v", "ffv1", path, stdin=disc.tobytes() * 2)
     for resize, shape, spread in [
         ("crop to fill", (64, 64), (43, 43)),
-        ("fit", (40, 64), (24, 24)),
+        ("fit", (32, 64), (24, 24)),
         ("stretch", (64, 64), (24, 43)),
         ("keep", (88, 160), (60, 60)),
     ]:
-        image = video.load_clip(path, width=64, height=64, resize=resize).images[0, :, :, 0]
+        image = video.load_clip(path, frame_count=2, width=64, height=64, resize=resize).images[0, :, :, 0]
         assert image.shape == shape
-        for axis, expected in ((1, spread[0]), (0, spread[1])):
-            lit = (image.sum(dim=1 - axis) > 0.5 * image.sum(dim=1 - axis).max()).nonzero().flatten()
-            whole = (image.amax(dim=1 - axis) > 0.5).nonzero().flatten() if axis else None
-            assert lit.float().mean().item() == pytest.approx((image.shape[axis] - 1) / 2, abs=1)
-        widths = (image > 0.5).any(dim=0).sum().item(), (image > 0.5).any(dim=1).sum().item()
-        assert widths == (pytest.approx(spread[0], abs=2), pytest.approx(spread[1], abs=2)), resize
-        assert whole is None or len(whole)
+        columns, rows = ((image > 0.5).any(dim=axis).nonzero().flatten().float() for axis in (0, 1))
+        assert (len(columns), len(rows)) == (pytest.approx(spread[0], abs=2), pytest.approx(spread[1], abs=2))
+        assert columns.mean().item() == pytest.approx((shape[1] - 1) / 2, abs=0.51)
+        assert rows.mean().item() == pytest.approx((shape[0] - 1) / 2, abs=0.51)
+
+
+def test_keep_leaves_pixels_as_they_are(clips: dict[str, Path]) -> None:
+    (frame,) = video._ffmpeg_frames(video.probe(clips["odd.mp4"]), [21])  # 97x63
+    kept = video.load_clip(clips["odd.mp4"], 21, "frames", 1, resize="keep").images[0]
+    assert torch.equal(kept, torch.from_numpy(frame[3:59, 0:96].copy()).float() / 255)
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SEEKABLE, "plain.ts", "edit.mp4", "one.mp4"])
+@pytest.mark.parametrize("name", [*DECORD_READS, *DECORD_ERRS, "one.mp4"])
 @pytest.mark.parametrize("without_decord", [False, True])
 def test_exact_frames(clips: dict[str, Path], name: str, without_decord: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if without_decord:
@@ -225,18 +223,27 @@ def test_exact_frames(clips: dict[str, Path], name: str, without_decord: bool, m
         assert clip.audio is None
 
 
-@pytest.mark.parametrize("name", SEEKABLE)
+@pytest.mark.parametrize("name", DECORD_READS)
 def test_both_readers_give_the_same_pixels(clips: dict[str, Path], name: str) -> None:
     info = video.probe(clips[name])
-    if name == "plain.gif":
-        with pytest.raises(video._CannotReadError):  # decord cannot; load_clip then uses ffmpeg
-            next(video._decord_frames(info, [0]))
-        return
     indices = range(9, 40, 7)
     pairs = zip(video._decord_frames(info, indices), video._ffmpeg_frames(info, indices), strict=True)
     difference = np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in pairs])
     # The two come with different versions of ffmpeg's scaler, which round 10-bit colours differently.
     assert difference.mean() < 2 if name == "ten.mp4" else not difference.any()
+
+
+@pytest.mark.parametrize("name", DECORD_ERRS)
+def test_decord_is_not_asked_where_its_frame_numbers_are_wrong(clips: dict[str, Path], name: str) -> None:
+    with pytest.raises(video._CannotReadError):
+        next(video._decord_frames(video.probe(clips[name]), [0]))
+
+
+def test_ffmpeg_jumps_to_a_far_start(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_PASSED_OVER", 30)
+    with pytest.raises(video._CannotReadError, match="31 frames would be decoded in vain"):
+        next(video._decord_frames(video.probe(clips["open.mp4"]), [31]))
+    assert numbers(video.load_clip(clips["open.mp4"], 31, "frames", 9, 2, resize="keep").images) == [*range(31, 49, 2)]
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
@@ -456,7 +463,7 @@ def test_corrupted_files_never_hang_or_crash(clips: dict[str, Path], tmp_path: P
             assert 1 <= len(clip.images) <= 5 and torch.isfinite(clip.images).all()
         except ValueError as error:
             outcomes.add("refused")
-            assert str(error).startswith("file: ") or str(error).startswith("resize: ")
+            assert str(error).startswith("file: ")
     assert outcomes == {"read", "refused"}
 
 
@@ -484,7 +491,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * (a - b).square().mean().log10().item()
 
 
-@pytest.mark.parametrize(("extension", "floor"), [("mp4", 38), ("webm", 38), ("gif", 28)])
+@pytest.mark.parametrize(("extension", "floor"), [("mp4", 38), ("webm", 38), ("gif", 22)])
 @pytest.mark.parametrize("size", [(96, 64), (97, 63)])
 @pytest.mark.parametrize("fps", [8.0, 29.97002997002997, 0.5])
 def test_round_trip(tmp_path: Path, extension: str, floor: float, size: tuple[int, int], fps: float) -> None:
@@ -574,7 +581,6 @@ def test_gif_comment(tmp_path: Path) -> None:
     video.save_clip(smooth_frames(4, 64, 64), 8, path, metadata=METADATA)
     with Image.open(path) as image:
         assert image.n_frames == 4
-        image.seek(3)
         assert json.loads(image.info["comment"]) == METADATA
     assert len(video.probe(path).times) == 4
 
@@ -673,7 +679,7 @@ def test_real_clips(shared_videos: list[Path]) -> None:
 
 
 @pytest.fixture
-def nodes(comfyui: Path | None) -> ModuleType:
+def nodes() -> ModuleType:
     from tune_a_video.nodes import video as module
 
     return module
@@ -689,9 +695,10 @@ def input_folder(nodes: ModuleType, clips: dict[str, Path], tmp_path: Path, monk
     return folder
 
 
-def hidden(node: type, **values: object) -> type:
-    return type(node.__name__, (node,), {"hidden": SimpleNamespace(prompt=None, extra_pnginfo=None, **{}) if not values
-                                         else SimpleNamespace(**values)})  # fmt: skip
+def hidden(node: type, prompt: object = None, extra_pnginfo: object = None) -> type:
+    """The node as the host runs it: a copy of the class that carries the hidden inputs."""
+    values = SimpleNamespace(prompt=prompt, extra_pnginfo=extra_pnginfo)
+    return type(node.__name__, (node,), {"hidden": values})
 
 
 @pytest.mark.comfyui
@@ -734,13 +741,13 @@ def test_paths_outside_the_input_folder_are_refused(nodes: ModuleType, input_fol
         "clip.mp4 [output]",
         "x/../../secret.mp4",
     ):
-        assert check(file=name) == f"file: '{name}' is outside the input folder; copy it there, or upload it."
+        assert check(file=name) == f"'{name}' is outside the input folder; copy it there, or upload it."
         with pytest.raises(ValueError, match="is outside the input folder"):
             nodes.LoadVideo.execute(name, 0.0, "seconds", 4, 1, 64, 64, "fit")
     for name in ("a\0b.mp4", "", 5):
         assert check(file=name).endswith("is not the name of a file; choose one from the list or upload one.")
-    for name in ("gone.mp4", "away/gone.mp4 [temp]"[:8] + "x.mp4"):
-        assert "input folder" in check(file=name)
+    for name in ("gone.mp4", "folder/gone.mp4"):
+        assert check(file=name) == f"'{name}' is not in the input folder; upload it again, or choose another one."
 
 
 @pytest.mark.comfyui
