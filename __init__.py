@@ -1,4 +1,6 @@
-"""Tune-A-Video for ComfyUI: nothing here but the node list."""
+"""Tune-A-Video for ComfyUI: nothing here but the node list and where the help pages lie."""
+
+WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():

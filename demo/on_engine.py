@@ -26,7 +26,7 @@ EXERCISED = (
 def run(folder: Path) -> None:
     """Does the job on `folder`'s clip and leaves the edits, the loss curve and the motion beside it."""
     checkpoint = folder / FILES.checkpoint
-    parts = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1, SEED)
+    parts = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1_SHALLOW, SEED)
     tiny_checkpoint.save({k: v for k, v in parts.items() if not k.startswith("cond_stage_model.")}, checkpoint)
     # As on a server, where nodes run in inference mode and a checkpoint's weights are inference tensors.
     with torch.inference_mode():
@@ -54,9 +54,7 @@ def run(folder: Path) -> None:
         falling = schedule.sampling_sigmas(levels, DDIM_STEPS)
         for name, prompt in zip(FILES.edits, EDIT_PROMPTS, strict=True):
             started = time.monotonic()
-            edited = host.run_sampler(
-                tuned, ddim_sample, falling, contexts[prompt], contexts[""], GUIDANCE, inverted
-            )
+            edited = host.run_sampler(tuned, ddim_sample, falling, contexts[prompt], contexts[""], GUIDANCE, inverted)
             video.save_clip(vae.decode(edited), FPS, folder / name, quality=90)
             print(f"  sampling: {DDIM_STEPS} steps, {time.monotonic() - started:.0f} s", flush=True)
 

@@ -102,7 +102,7 @@ def run(comfyui: Path, folder: Path) -> None:
     print(f"Starting the ComfyUI {host_version(comfyui)} in {comfyui} ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="tune-a-video-") as scratch:
         base = Path(scratch)
-        weights = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1, SEED)
+        weights = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1_SHALLOW, SEED)
         tiny_checkpoint.save(weights, base / "models" / "checkpoints" / FILES.checkpoint)
         (base / "input").mkdir()
         shutil.copy(folder / FILES.clip, base / "input")

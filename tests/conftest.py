@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -29,8 +30,13 @@ SUBJECTS = {
 engine.load_pack()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     group = parser.getgroup("Tune-A-Video")
+    # Before it knows the option, pytest takes the PATH of `--comfyui PATH` for a folder of tests, and would load
+    # the tests/conftest.py of ComfyUI itself.
+    for option, value in zip(sys.argv, sys.argv[1:], strict=False):
+        if option == "--comfyui":
+            pluginmanager.set_blocked(str(Path(value).expanduser().resolve() / "tests" / "conftest.py"))
     group.addoption("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     group.addoption("--engine", choices=["auto", "pypi"], default="auto", help="pypi: ignore any ComfyUI")
     group.addoption(

@@ -239,7 +239,7 @@ class HostServer:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._port}{path}", data=body, headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=self.run_timeout) as response:
+        with urllib.request.urlopen(request, timeout=self.run_timeout) as response:  # noqa: S310 - only this server
             answer = response.read()
         return json.loads(answer) if answer.strip() else None
 
@@ -337,4 +337,3 @@ def _validation_errors(answer: dict[str, Any]) -> dict[str, str]:
     if not errors and answer.get("error"):
         errors["graph"] = f"{answer['error']['message']}: {answer['error']['details']}"
     return errors
-

@@ -284,6 +284,12 @@ def lora_weights(layout: UNetLayout, seed: int, rank: int = 4, strength: float =
     return {name: weight.half() for name, weight in weights.items()}
 
 
+def controlnet_weights(layout: UNetLayout, seed: int) -> Weights:
+    """A random ControlNet that has not been zero-initialised, so that hints make a difference at once."""
+    # SiLU without norms in between would let the hint fade on its way through eight convolutions.
+    return random_weights(controlnet_shapes(layout), seed, {"input_hint_block": 1.8})
+
+
 def sd3_weights(seed: int) -> Weights:
     """A diffusion transformer (SD 3 layout, one block 64 wide): a model without a UNet."""
     width, context, pooled = 64, 4096, 2048

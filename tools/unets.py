@@ -68,6 +68,17 @@ UNETS["sd21"] = {
     "num_head_channels": 64,
     "use_linear_in_transformer": True,
 }
+UNETS["sdxl"] = {
+    **UNETS["sd21"],
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
 UNETS["tiny-v"] = {**_TINY, "use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 8}
 
 
@@ -92,8 +103,10 @@ def build_model(
         kind = kinds.V_PREDICTION if prediction == "v" else kinds.EPS
         base = comfy.model_base.SDXL if config.unet_config.get("adm_in_channels") else comfy.model_base.BaseModel
         model = _with_own_adm(base)(config, kind, device="cpu")
-        state = dict(weights) if weights is not None else _random_state(model.diffusion_model, seed)
-        model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in state.items()})
+        if weights is None:
+            _randomize(model.diffusion_model, seed)
+        else:
+            model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in weights.items()})
         management = comfy.model_management
         return comfy.model_patcher.ModelPatcher(
             model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
@@ -112,13 +125,13 @@ def _with_own_adm(base: type) -> type:
     return Small
 
 
-def _random_state(unet: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+def _randomize(unet: torch.nn.Module, seed: int) -> None:
+    """In place, one layer at a time: of a large UNet there is never a second copy."""
     generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
     for name, value in unet.state_dict().items():
         drawn = torch.randn(value.shape, generator=generator)
         if value.ndim > 1:
-            state[name] = drawn / value[0].numel() ** 0.5
+            drawn /= value[0].numel() ** 0.5
         else:
-            state[name] = 0.1 * drawn + (1.0 if name.endswith("weight") else 0.0)
-    return state
+            drawn = 0.1 * drawn + (1.0 if name.endswith("weight") else 0.0)
+        value.copy_(drawn)

@@ -1,0 +1,176 @@
+"""API-format graphs for the host tests, written as functions that add nodes to a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+PACK = "Tune-A-Video"
+CHECKPOINT = "tiny-sd1.safetensors"
+CLIP_FILE = "man-skiing.mp4"
+SOURCE_PROMPT = "a man is skiing"
+EDIT_PROMPT = "spider man is skiing on the beach, cartoon style"
+FRAMES = 3
+SIZE = 64
+STEPS = 3
+
+Link = list[Any]
+
+
+class Node:
+    """A node of a graph: `node[i]` is a link to its output i."""
+
+    def __init__(self, node_id: str) -> None:
+        self.id = node_id
+
+    def __getitem__(self, output: int) -> Link:
+        return [self.id, output]
+
+
+class Graph:
+    """An API-format graph that is built up node by node."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def add(self, class_type: str, **inputs: Any) -> Node:
+        """Add a node. Its id says what it is, so that errors and cache messages can be read."""
+        node_id = f"{class_type}-{len(self.nodes) + 1}"
+        self.nodes[node_id] = {"class_type": class_type, "inputs": inputs}
+        return Node(node_id)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a checkpoint loader gives: the links of its three outputs."""
+
+    model: Link
+    clip: Link
+    vae: Link
+
+
+def checkpoint(graph: Graph, name: str = CHECKPOINT) -> Checkpoint:
+    node = graph.add("CheckpointLoaderSimple", ckpt_name=name)
+    return Checkpoint(node[0], node[1], node[2])
+
+
+def text(graph: Graph, clip: Link, prompt: str) -> Link:
+    return graph.add("CLIPTextEncode", clip=clip, text=prompt)[0]
+
+
+def load_video(graph: Graph, file: str = CLIP_FILE, **changes: Any) -> Node:
+    """TAV_LoadVideo with every input named: FRAMES frames of SIZE x SIZE, unless changed."""
+    inputs = {
+        "file": file,
+        "start": 0.0,
+        "start_unit": "seconds",
+        "frame_count": FRAMES,
+        "frame_step": 2,
+        "width": SIZE,
+        "height": SIZE,
+        "resize": "crop to fill",
+    }
+    return graph.add("TAV_LoadVideo", **(inputs | changes))
+
+
+def clip_latent(graph: Graph, vae: Link, frames: int = FRAMES) -> Link:
+    """The latents of the clip's first frames."""
+    return graph.add("VAEEncode", pixels=load_video(graph, frame_count=frames)[0], vae=vae)[0]
+
+
+def inflate(graph: Graph, model: Link, **changes: Any) -> Link:
+    inputs = {
+        "attention": "sparse-causal",
+        "group_norm": "over frames",
+        "query_strength": 1.0,
+        "temporal_strength": 1.0,
+    }
+    return graph.add("TAV_InflateUNet", model=model, **(inputs | changes))[0]
+
+
+def tune(graph: Graph, model: Link, latent: Link, conditioning: Link, **changes: Any) -> Node:
+    """TAV_OneShotTune, three steps with a learning rate that leaves a clear mark."""
+    inputs = {
+        "steps": 3,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "train_scope": "all",
+        "precision": "fp32",
+        "warmup_steps": 0,
+        "gradient_clip": 1.0,
+    }
+    return graph.add("TAV_OneShotTune", model=model, latent=latent, conditioning=conditioning, **(inputs | changes))
+
+
+def invert(graph: Graph, model: Link, latent: Link, conditioning: Link, steps: int = STEPS) -> Link:
+    return graph.add("TAV_DDIMInvert", model=model, latent=latent, conditioning=conditioning, steps=steps)[0]
+
+
+def sample(
+    graph: Graph, model: Link, positive: Link, negative: Link, latent: Link, steps: int = STEPS, **changes: Any
+) -> Link:
+    inputs = {"guidance": 7.5, "eta": 0.0, "seed": 0, "last_step": "clip noise level"}
+    return graph.add(
+        "TAV_Sample",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        steps=steps,
+        **(inputs | changes),
+    )[0]
+
+
+def ksampler(
+    graph: Graph, model: Link, positive: Link, negative: Link, latent: Link, steps: int = STEPS, **changes: Any
+) -> Link:
+    """The stock advanced sampler, Euler on the DDIM schedule, without noise of its own unless changed."""
+    inputs = {
+        "add_noise": "disable",
+        "noise_seed": 0,
+        "steps": steps,
+        "cfg": 7.5,
+        "sampler_name": "euler",
+        "scheduler": "ddim_uniform",
+        "start_at_step": 0,
+        "end_at_step": 10000,
+        "return_with_leftover_noise": "disable",
+    }
+    return graph.add(
+        "KSamplerAdvanced",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        **(inputs | changes),
+    )[0]
+
+
+def text_to_image(graph: Graph, loaded: Checkpoint, end_at_step: int = 10000) -> tuple[Node, Node]:
+    """The stock text-to-image graph: the nodes that save its latent and its image.
+
+    Any end_at_step beyond the steps asks for the same picture; another one makes the host compute it again.
+    """
+    latent = ksampler(
+        graph,
+        loaded.model,
+        text(graph, loaded.clip, "a photo of a lighthouse"),
+        text(graph, loaded.clip, ""),
+        graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1)[0],
+        add_noise="enable",
+        noise_seed=11,
+        end_at_step=end_at_step,
+    )
+    image = graph.add("VAEDecode", samples=latent, vae=loaded.vae)[0]
+    return save_latent(graph, latent), graph.add("SaveImage", images=image, filename_prefix="stock")
+
+
+def save_latent(graph: Graph, latent: Link) -> Node:
+    return graph.add("SaveLatent", samples=latent, filename_prefix="latent")
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return ((value - reference).norm() / reference.norm()).item()

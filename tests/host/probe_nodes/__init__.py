@@ -1,0 +1,183 @@
+"""Nodes for the host tests only: they make inputs that no stock node makes, and look at what a model is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import folder_paths
+import torch
+
+
+class ProbeHints:
+    """F different pictures of noise, for a ControlNet."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"count": ("INT",), "size": ("INT",), "seed": ("INT",), "first": ("INT", {"default": 0})}}
+
+    def run(self, count, size, seed, first):
+        """Hint i of seed s is the same whichever others are asked for."""
+        hints = [
+            torch.rand(size, size, 3, generator=torch.Generator().manual_seed(1000 * seed + i))
+            for i in range(first, first + count)
+        ]
+        return (torch.stack(hints),)
+
+
+class ProbeSeparateConds:
+    """The model as a host that is short of memory runs it: one conditioning at a time."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        separate = model.clone()
+        separate.add_object_patch("memory_required", lambda *args, **kwargs: 1e30)
+        return (separate,)
+
+
+class ProbeRecord:
+    """Notes every call of the UNet: its chunks, and what ControlNet adds for each row of the batch."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "name": ("STRING",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **kwargs):
+        return float("nan")
+
+    def run(self, model, name):
+        path = Path(folder_paths.get_output_directory()) / f"{name}.json"
+        calls = []
+
+        def record(apply_model, arguments):
+            control = arguments["c"].get("control") or {}
+            calls.append(
+                {
+                    "chunks": list(arguments["cond_or_uncond"]),
+                    "rows": arguments["input"].shape[0],
+                    "control": {
+                        block: [added.flatten(1)[:, :64].tolist() for added in layers if added is not None]
+                        for block, layers in control.items()
+                    },
+                }
+            )
+            path.write_text(json.dumps(calls))
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        recorded = model.clone()
+        recorded.set_model_unet_function_wrapper(record)
+        return (recorded,)
+
+
+class ProbeConditioning:
+    """Random conditioning: `entries` of `batch` texts each, `width` wide, with a pooled vector of `pooled`."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"entries": ("INT",), "batch": ("INT",), "width": ("INT",), "pooled": ("INT",)}}
+
+    def run(self, entries, batch, width, pooled):
+        generator = torch.Generator().manual_seed(9)
+        return (
+            [
+                [
+                    torch.randn(batch, 77, width, generator=generator),
+                    {"pooled_output": torch.randn(batch, pooled, generator=generator)} if pooled else {},
+                ]
+                for _ in range(entries)
+            ],
+        )
+
+
+class ProbeLatent:
+    """Random latents of any number of channels, with `broken` values that are not numbers."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "frames": ("INT",),
+                "channels": ("INT",),
+                "size": ("INT",),
+                "seed": ("INT",),
+                "broken": ("INT",),
+            }
+        }
+
+    def run(self, frames, channels, size, seed, broken):
+        generator = torch.Generator().manual_seed(seed)
+        samples = torch.randn(frames, channels, size, size, generator=generator) * 5
+        samples.view(-1)[:broken] = float("nan")
+        return ({"samples": samples},)
+
+
+class ProbeSDXL:
+    """A tiny UNet in the SDXL shape (several transformer blocks a level, ADM input) as the host's own SDXL model."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT",)}}
+
+    def run(self, seed):
+        import comfy.model_base
+        import comfy.model_management
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        config = comfy.supported_models.SDXL(
+            {
+                "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1],
+                "channel_mult": [1, 2], "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 2],
+                "transformer_depth_middle": 2, "use_linear_in_transformer": True, "context_dim": 2048,
+                "num_classes": "sequential", "adm_in_channels": 2816, "use_temporal_attention": False,
+                "use_spatial_transformer": True, "legacy": False, "use_temporal_resblock": False,
+                "num_head_channels": 64, "num_heads": -1,
+            }
+        )  # fmt: skip
+        config.set_inference_dtype(torch.float32, None)
+        device = torch.device("cpu")
+        model = comfy.model_base.SDXL(config, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.diffusion_model.parameters():
+            if parameter.ndim == 1:
+                parameter.zero_().add_(1)
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+        return (comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=device),)
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (
+        ProbeHints, ProbeSeparateConds, ProbeRecord, ProbeConditioning, ProbeLatent, ProbeSDXL,
+    )
+}  # fmt: skip

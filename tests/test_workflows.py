@@ -1,0 +1,197 @@
+"""The workflow files as they lie there: whole, readable on the canvas, and in step with the nodes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import workflows
+
+ROOT = Path(__file__).resolve().parent.parent
+Json = dict[str, Any]
+# Every .json at the top level is offered as a template.
+FILES = sorted((ROOT / "workflows").glob("*.json"))
+
+DEFINITIONS = """
+import asyncio, json, pathlib, sys, tempfile
+sys.path.insert(0, sys.argv[1])
+import engine
+with tempfile.TemporaryDirectory() as base:
+    engine.load_engine(pathlib.Path(sys.argv[2]), pathlib.Path(base))
+    import nodes
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    extension = asyncio.run(engine.load_pack().comfy_entrypoint())
+    ours = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+    found = {}
+    for name, node in {**nodes.NODE_CLASS_MAPPINGS, **ours}.items():
+        if name in sys.argv[3:]:
+            kinds = list(node.RETURN_TYPES)
+            names = list(getattr(node, "RETURN_NAMES", None) or kinds)
+            found[name] = {"input": node.INPUT_TYPES(), "output": kinds, "output_name": names}
+print(json.dumps(found))
+"""
+
+
+def read(path: Path) -> Json:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def workflow(request: pytest.FixtureRequest) -> Json:
+    return read(request.param)
+
+
+@pytest.fixture(scope="module")
+def definitions(comfyui: Path | None) -> workflows.Definitions:
+    """What ComfyUI says of the nodes that the workflows use, as in its /object_info."""
+    assert comfyui is not None  # tests marked `comfyui` are left out where there is none
+    used = {node["type"] for path in FILES for node in read(path)["nodes"]} - set(workflows.NOTES)
+    command = [sys.executable, "-I", "-c", DEFINITIONS, ROOT / "tools", comfyui, *sorted(used)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Pixels between two boxes (left, top, right, bottom) along the axis that parts them; negative if they overlap."""
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+
+
+def frame(group: Json) -> tuple[float, float, float, float]:
+    left, top, width, height = group["bounding"]
+    return left, top, left + width, top + height
+
+
+def inside(inner: tuple[float, ...], outer: tuple[float, ...]) -> bool:
+    return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+
+
+def recorded_links(workflow: Json) -> Iterator[tuple[Any, ...]]:
+    """(link id, "from" or "to", node, slot, type) for every end of a link that a node records."""
+    for node in workflow["nodes"]:
+        for slot, output in enumerate(node["outputs"]):
+            for link in output["links"] or []:
+                yield link, "from", node["id"], slot, output["type"]
+        for slot, entry in enumerate(node["inputs"]):
+            if entry["link"] is not None:
+                yield entry["link"], "to", node["id"], slot, entry["type"]
+
+
+def test_the_files_are_those_that_the_tool_describes() -> None:
+    assert {path.stem for path in FILES} == set(workflows.WORKFLOWS)
+
+
+def test_ids_are_unique_and_counted(workflow: Json) -> None:
+    nodes = [node["id"] for node in workflow["nodes"]]
+    links = [link[0] for link in workflow["links"]]
+    assert len(set(nodes)) == len(nodes) and max(nodes) == workflow["last_node_id"]
+    assert len(set(links)) == len(links) and max(links) == workflow["last_link_id"]
+    assert workflow["version"] == 0.4
+
+
+def test_links_agree_with_both_of_their_ends(workflow: Json) -> None:
+    declared = []
+    for link, source, source_slot, target, target_slot, kind in workflow["links"]:
+        declared += [(link, "from", source, source_slot, kind), (link, "to", target, target_slot, kind)]
+    assert sorted(recorded_links(workflow)) == sorted(declared)
+
+
+def test_the_order_is_one_to_run_the_nodes_in(workflow: Json) -> None:
+    order = {node["id"]: node["order"] for node in workflow["nodes"]}
+    assert sorted(order.values()) == list(range(len(order)))
+    assert all(order[link[1]] < order[link[3]] for link in workflow["links"])
+
+
+def test_our_nodes_exist(workflow: Json) -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "nodes").glob("*.py"))
+    ours = {node["type"] for node in workflow["nodes"] if node["type"].startswith("TAV_")}
+    assert ours and ours <= set(re.findall(r'node_id="(\w+)"', sources))
+
+
+def test_nodes_do_not_overlap(workflow: Json) -> None:
+    boxes = {f"{node['type']} {node['id']}": workflows.box(node) for node in workflow["nodes"]}
+    close = [(a, b) for a, b in itertools.combinations(boxes, 2) if gap(boxes[a], boxes[b]) < 10]
+    assert close == []
+
+
+def test_groups_frame_their_nodes_and_nothing_else(workflow: Json) -> None:
+    frames = [frame(group) for group in workflow["groups"]]
+    assert all(gap(a, b) > 0 for a, b in itertools.combinations(frames, 2))
+    for node in workflow["nodes"]:
+        around = [each for each in frames if gap(each, workflows.box(node)) < 0]
+        if node["type"] in workflows.NOTES:
+            assert around == []
+        else:
+            assert len(around) == 1 and inside(workflows.box(node), around[0]), node["type"]
+
+
+def test_there_is_a_note_and_every_prompt_has_a_title(workflow: Json) -> None:
+    assert any(node["type"] in workflows.NOTES for node in workflow["nodes"])
+    assert all(node.get("title") for node in workflow["nodes"] if node["type"] == "CLIPTextEncode")
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, definitions: workflows.Definitions) -> None:
+    """Inputs, their order and types, and the stored values; if not, run tools/workflows.py."""
+    written, made = read(path), workflows.build(path.stem, definitions)
+    for workflow in (written, made):
+        for node in workflow["nodes"]:
+            # A newer ComfyUI may have given a node one more output, as it did with PreviewImage.
+            node["outputs"] = [output for output in node["outputs"] if output["links"]]
+    assert written == made
+
+
+@pytest.mark.comfyui
+def test_stored_values_are_as_many_as_a_node_has_widgets(workflow: Json, definitions: workflows.Definitions) -> None:
+    for node in workflow["nodes"]:
+        if node["type"] not in workflows.NOTES:
+            assert len(node["widgets_values"]) == len(workflows.widget_inputs(definitions[node["type"]])), node["type"]
+
+
+def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
+    definition = {
+        "input": {
+            "required": {
+                "image": [["a.png", "b.png"], {"image_upload": True}],
+                "model": ["MODEL"],
+                "seed": ["INT", {"default": 3, "control_after_generate": True}],
+                "plain_seed": ["INT", {"default": 4}],
+            },
+            "optional": {"scale": ["FLOAT", {"default": 0.5}], "mask": ["MASK"]},
+        },
+        "output": ["IMAGE"],
+        "output_name": ["picture"],
+    }
+    canvas = workflows.Canvas({"Some": definition, "Load": {"input": {}, "output": ["MODEL"], "output_name": ["m"]}})
+    canvas.column("group", workflows.BLUE)
+    model = canvas.add("Load")
+    canvas.add("Some", image="b.png", model=model["m"])
+    workflow = canvas.json("some")
+    node = workflow["nodes"][1]
+    assert node["widgets_values"] == ["b.png", 3, "fixed", 4, "image", 0.5]
+    assert [entry["name"] for entry in node["inputs"]] == [
+        "model", "mask", "image", "seed", "plain_seed", "upload", "scale"
+    ]  # fmt: skip
+    assert workflows.to_api(workflow, canvas.definitions)["2"] == {
+        "class_type": "Some",
+        "inputs": {"image": "b.png", "seed": 3, "plain_seed": 4, "scale": 0.5, "model": ["1", 0]},
+    }
+
+
+def test_a_muted_node_is_refused() -> None:
+    canvas = workflows.Canvas({"Load": {"input": {}, "output": ["MODEL"], "output_name": ["m"]}})
+    canvas.column("group", workflows.BLUE)
+    canvas.add("Load")
+    workflow = canvas.json("some")
+    workflow["nodes"][0]["mode"] = 4
+    with pytest.raises(ValueError, match="Load"):
+        workflows.to_api(workflow, canvas.definitions)
