@@ -35,19 +35,18 @@ def main() -> None:
         clip = draw_clip()
         video.save_clip(clip, FPS, folder / FILES.clip, quality=100)
         if comfyui:
-            import on_host
+            import on_host as way
 
-            on_host.run(comfyui, folder)
-            exercised = on_host.EXERCISED
+            way.run(comfyui, folder)
         else:
             print(f"No ComfyUI: running on {engine.load_engine(None)}.", flush=True)
-            import on_engine
+            import on_engine as way
 
-            on_engine.run(folder)
-            exercised = on_engine.EXERCISED
+            way.run(folder)
         rows = [(f"source: {SOURCE_PROMPT}", clip)]
         for name, prompt in zip(FILES.edits, EDIT_PROMPTS, strict=True):
-            rows.append((f"edit: {prompt}", video.load_clip(folder / name, frame_count=0, resize="keep").images))
+            edit = video.load_clip(folder / name, frame_count=0, resize="keep")
+            rows.append((way.CAPTION.format(prompt=prompt), edit.images))
         contact_sheet(rows).save(folder / FILES.contact_sheet)
         for file in sorted(folder.iterdir()):
             os.replace(file, args.output / file.name)
@@ -55,7 +54,7 @@ def main() -> None:
     print(f"\nDone in {time.monotonic() - started:.0f} s:")
     for file in sorted(args.output.iterdir()):
         print(f"  {file}")
-    print(exercised)
+    print(way.EXERCISED)
     print(
         "The checkpoint's weights are untrained and its autoencoder keeps the mean colour of 8x8 pixels: the edits\n"
         "show that every step works, not what a trained model makes of the prompts."

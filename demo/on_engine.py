@@ -17,6 +17,7 @@ from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
 
+CAPTION = "edit by a random text embedding in place of: {prompt}"
 EXERCISED = (
     "NOT exercised: ComfyUI's server, the nodes, and prompts. The engine from PyPI has no tokenizer, so each\n"
     "prompt stood for a random text embedding of its own."
@@ -60,6 +61,11 @@ def run(folder: Path) -> None:
 
 
 def random_contexts(*prompts: str) -> dict[str, Any]:
-    """A CONDITIONING with a random text embedding [1, 77, 768] for each prompt."""
+    """A CONDITIONING with a random text embedding [1, 77, 768] for each prompt; all alike, as sentences' are."""
     generator = torch.Generator().manual_seed(SEED)
-    return {prompt: [[torch.randn(1, 77, 768, generator=generator), {}]] for prompt in prompts}
+
+    def draw() -> torch.Tensor:
+        return torch.randn(1, 77, 768, generator=generator)
+
+    shared = draw()
+    return {prompt: [[shared + 0.3 * draw(), {}]] for prompt in prompts}

@@ -24,6 +24,7 @@ from job import (
     TUNE_STEPS,
 )
 
+CAPTION = "edit: {prompt}"
 EXERCISED = "Everything that the quick start uses ran on the real host, on the CPU."
 
 

@@ -38,7 +38,7 @@ def test_linear(bias: bool) -> None:
 
 
 @pytest.mark.parametrize(("stride", "padding", "kernel"), [(1, 1, 3), (2, 1, 3), (1, 0, 1)])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 6)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 6), (5, 7)])
 def test_conv2d(stride: int, padding: int, kernel: int, size: tuple[int, int]) -> None:
     with torch.inference_mode():
         layer = torch.nn.Conv2d(4, 6, kernel, stride, padding)

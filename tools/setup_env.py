@@ -51,7 +51,7 @@ def wanted_files(comfyui: Path | None) -> list[Path]:
 def stamp_of(files: list[Path]) -> str:
     """A name for an environment with `files` installed by this Python."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {VENV}".encode())
-    for file in files:
+    for file in (Path(__file__), *files):
         digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -80,6 +80,10 @@ def unpack_notcomfy() -> None:
                     content = archive.extractfile(member)
                     assert content is not None
                     target.write_bytes(content.read())
+        # As ComfyUI did later: what is added to in place cannot be differentiated through.
+        attention = unpacked / "comfy" / "ldm" / "modules" / "attention.py"
+        source = attention.read_text()
+        attention.write_text(source.replace("x += n\n", "x = x + n\n").replace("x += x_skip\n", "x = x + x_skip\n"))
         shutil.rmtree(VENV / "notcomfy", ignore_errors=True)
         unpacked.rename(VENV / "notcomfy")
 

@@ -66,7 +66,9 @@ def server(comfyui: Path | None, shared_videos: list[Path], exercised: list[str]
         for video in shared_videos:
             shutil.copy(video, base / "input")
         packs = {graphs.PACK: ROOT, PROBES: HERE / "probe_nodes"}
-        with Host(comfyui, base, packs, arguments=["--preview-method", "latent2rgb"]) as running:
+        # Threads that wait for each other asleep, not spinning: the tests share their cores with the server.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        with Host(comfyui, base, packs, environment, ["--preview-method", "latent2rgb"]) as running:
             exercised.append(f"host tests: ComfyUI {host_version(comfyui)} as a server on the CPU")
             yield running
     finally:
