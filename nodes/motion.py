@@ -48,7 +48,7 @@ class SaveMotion(io.ComfyNode):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         save_motion(motion, path)
-        return io.NodeOutput(str(path))
+        return io.NodeOutput(str(path), ui={"text": [str(path)]})
 
 
 class LoadMotion(io.ComfyNode):
