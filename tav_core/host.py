@@ -428,11 +428,6 @@ def free_memory(device: torch.device) -> float:
     return float(comfy.model_management.get_free_memory(device))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception is the device's "out of memory"."""
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
-
-
 def release_cached_memory() -> None:
     """Give back what PyTorch's allocator holds in reserve."""
     comfy.model_management.soft_empty_cache()

@@ -225,9 +225,7 @@ def _run(
                 with swapped(memory.recomputing_forwards(unet, plan)):
                     loss = descent.backward(timestep, noise)
                 break
-            except Exception as error:
-                if not host.is_out_of_memory(error):
-                    raise
+            except torch.cuda.OutOfMemoryError as error:  # of any device
                 if not plan.kept:
                     raise RuntimeError(
                         "Out of memory, although all activations are recomputed. "

@@ -235,8 +235,9 @@ def test_sd15_has_the_papers_parameters() -> None:
     import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 
     unet = openaimodel.UNetModel(**config)
-    temporal = 4 * sum(shape[0] * shape[1] + shape[0] / 4 for k, shape in inflate.query_shapes(unet).items() if "attn1" in k)
-    queries = sum(shape[0] * shape[1] for shape in inflate.query_shapes(unet).values())
+    shapes = inflate.query_shapes(unet)
+    temporal = sum(4 * a * b + a for key, (a, b) in shapes.items() if ".attn1." in key)
+    queries = sum(a * b for a, b in shapes.values())
     assert len(inflate.transformer_blocks(unet)) == 16
     assert round((temporal + queries) / 1e6, 2) == 74.35
 

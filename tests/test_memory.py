@@ -26,7 +26,9 @@ COSTS = st.dictionaries(
 )
 
 
-def tune(model: Any, frames: int = 3, side: int = 8, scope: TrainScope = "all", **options: Any) -> tuple[Motion, list[float]]:
+def tune(
+    model: Any, frames: int = 3, side: int = 8, scope: TrainScope = "all", **options: Any
+) -> tuple[Motion, list[float]]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(frames, 4, side, side, generator=generator)
     pooled = {"pooled_output": torch.randn(1, 1280, generator=generator)}
