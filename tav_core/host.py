@@ -32,6 +32,8 @@ from .weights import Motion, check_fits
 
 _KEY = "tune-a-video"
 _UNET_PREFIX = "diffusion_model."
+# In multiples of what the host reckons for evaluating the model on the same clip.
+_ROOM_FOR_TRAINING = 4
 _FAMILIES = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 
 ModelPatcher = Any
@@ -253,18 +255,10 @@ def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, Tempor
 
     if hasattr(model, "add_wrapper_with_key"):
         # Around apply_model, not around the UNet's forward: so the swaps also enclose a compiled UNet.
-        def apply_model(
-            executor: Any,
-            x: Tensor,
-            t: Tensor,
-            c_concat: Tensor | None = None,
-            c_crossattn: Tensor | None = None,
-            control: Any = None,
-            transformer_options: Mapping[str, Any] = {},  # noqa: B006 - the host's own signature; only read
-            **kwargs: Any,
-        ) -> Tensor:
-            with swaps(executor.class_obj, x.shape[0], transformer_options):
-                return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+            with swaps(executor.class_obj, given["x"].shape[0], given.get("transformer_options", {})):
+                return executor(*args, **kwargs)
 
         model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
     else:
@@ -391,7 +385,11 @@ def training_unet(
     are only read.
     """
     dtype = precision or inference_dtype(model)
-    comfy.model_management.load_models_gpu([model], memory_required=model.memory_required(latents.shape))
+    inference = model.memory_required(latents.shape)
+    # Have other models make room as far as they can, but rather recompute activations than offload weights.
+    comfy.model_management.load_models_gpu(
+        [model], memory_required=_ROOM_FOR_TRAINING * inference, minimum_memory_required=inference
+    )
     device = model.load_device
     with torch.inference_mode(False), torch.enable_grad():
         x0 = model.model.process_latent_in(latents.detach().clone().float().to(device))

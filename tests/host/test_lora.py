@@ -97,3 +97,27 @@ def test_tuning_a_model_with_a_lora(server, new_log):
     assert relative_error(returned, rebuilt) < ROUNDING
     assert relative_error(returned, other) > 1e-3
     assert_nothing_rejected(new_log())
+
+
+def test_inflating_again_keeps_the_lora(server, motion_file):
+    """A second inflation takes the first one's patches off, and those only, wherever the LoRA was put on."""
+    graph = Graph()
+    loaded = checkpoint(graph)
+    latent = clip_latent(graph, loaded.vae)
+    motion = graph.add("TAV_LoadMotion", file=motion_file)[0]
+    model, clip = lora(graph, loaded.model, loaded.clip)
+    once = inflate(graph, model, motion=motion)
+    inflated_first, _ = lora(graph, inflate(graph, loaded.model, motion=motion), loaded.clip)
+    plain_again = inflate(graph, once)
+    expected, twice, between, without_motion, plain = server.latents(
+        graph,
+        video_from(graph, once, clip, latent),
+        video_from(graph, inflate(graph, once, motion=motion), clip, latent),
+        video_from(graph, inflate(graph, inflated_first, motion=motion), clip, latent),
+        video_from(graph, plain_again, clip, latent),
+        video_from(graph, inflate(graph, model), clip, latent),
+    )
+    assert relative_error(twice, expected) < ROUNDING
+    assert relative_error(between, expected) < ROUNDING
+    assert relative_error(without_motion, plain) < ROUNDING
+    assert relative_error(plain, expected) > 1e-3
