@@ -86,7 +86,8 @@ def prediction_type(model: ModelPatcher) -> str:
     if hasattr(sampling, "sigmas") and isinstance(sampling, known.ModelSamplingDiscrete):
         if isinstance(sampling, known.V_PREDICTION) and not isinstance(sampling, known.EDM):
             return "v"
-        if isinstance(sampling, known.EPS) and not isinstance(sampling, (known.V_PREDICTION, known.X0)):
+        others = (known.V_PREDICTION, getattr(known, "X0", known.EDM))
+        if isinstance(sampling, known.EPS) and not isinstance(sampling, others):
             return "epsilon"
     raise ValueError(
         f"model: its sampling ({type(sampling).__mro__[1].__name__}) is neither epsilon- nor v-prediction on "
@@ -403,7 +404,7 @@ def training_unet(
 
         frames = x0.shape[0]
         extra = {
-            key: ready(cond.process_cond(batch_size=frames, area=None).cond)
+            key: ready(cond.process_cond(batch_size=frames, device=device, area=None).cond)
             for key, cond in conds.items()
             if key not in ("c_crossattn", "c_concat")
         }
@@ -415,7 +416,9 @@ def training_unet(
             prediction=prediction_type(model),
             context=ready(conds["c_crossattn"].cond),
             extra=extra,
-            concat=None if concat is None else ready(concat.process_cond(batch_size=frames, area=None).cond),
+            concat=(
+                None if concat is None else ready(concat.process_cond(batch_size=frames, device=device, area=None).cond)
+            ),
             device=device,
             dtype=dtype,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import host, memory
 from .inflate import (
     Inflation,
+    TemporalLayer,
     build_temporal,
     initial_temporal,
     swapped,
@@ -109,53 +110,73 @@ def one_shot_tune(
     start = {} if motion is None else {key: value.float() for key, value in motion.tensors.items()}
 
     with host.training_unet(model, latents, conditioning, precision) as session:
-
-        def scope(path: str) -> bool:
-            return in_scope(path, settings.train_scope)
-
-        temporal = initial_temporal(unet, scope, settings.seed)
-        temporal.update({k: v for k, v in start.items() if not k.endswith(QUERY_SUFFIX)})
-        root = build_temporal(unet, temporal, CastingOperations, torch.float32).to(session.device)
-        layers = temporal_layers(root)
-
-        queries: dict[str, Tensor] = {}
-        base: dict[str, Tensor] = {}
-        trained: dict[str, torch.nn.Parameter] = {}
-        for block in transformer_blocks(unet):
-            for name in ("attn1", "attn2"):
-                path = f"{block}.{name}.to_q"
-                delta = start.get(path + QUERY_SUFFIX)
-                if delta is None and not scope(block):
-                    continue
-                weight = session.weight(path)
-                base[path] = weight.to("cpu", copy=True)
-                query = torch.nn.Parameter(weight if delta is None else weight + delta.to(weight), scope(block))
-                queries[path + ".weight"] = query
-                if scope(block):
-                    trained[path + QUERY_SUFFIX] = query
-            if scope(block):
-                layers[block].attn_temp.requires_grad_(True)
-                for leaf, parameter in layers[block].attn_temp.named_parameters():
-                    trained[f"{block}.attn_temp.{leaf}"] = parameter
+        weights = _trainable_weights(session, settings, start)
+        frames, channels, height, width = session.latents.shape
 
         def evaluate(frames: int, height: int, width: int) -> Tensor:
-            with session.prepared(inflation, layers, queries, frames):
-                return session.predict(session.latents.new_zeros(frames, session.latents.shape[1], height, width), 0)
+            with session.prepared(inflation, weights.layers, weights.queries, frames):
+                return session.predict(session.latents.new_zeros(frames, channels, height, width), 0)
 
-        frames, _, height, width = session.latents.shape
         costs = memory.measure(unet, evaluate, frames, height, width)
         if budget is None:
             # AdamW's two moments and the gradients are still to come.
-            optimizer_bytes = 3 * sum(p.nbytes for p in trained.values())
+            optimizer_bytes = 3 * sum(p.nbytes for p in weights.trained.values())
             budget = _SHARE_OF_FREE_MEMORY * (host.free_memory(session.device) - optimizer_bytes)
-        with session.prepared(inflation, layers, queries, frames):
-            descent = _Descent(session, trained, settings, draw, on_gradients)
-            losses = _run(descent, costs, budget, on_step)
+        with session.prepared(inflation, weights.layers, weights.queries, frames):
+            losses = _run(_Descent(session, weights.trained, settings, draw, on_gradients), costs, budget, on_step)
+        return weights.motion(session), losses
 
-        tensors = {k: v.detach().cpu().clone() for k, v in root.state_dict().items()}
-        for path, initial in base.items():
-            tensors[path + QUERY_SUFFIX] = queries[path + ".weight"].detach().cpu() - initial
-    return Motion(tensors), losses
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a tuning run works on, float32, on its device.
+
+    ``queries``: query projection weights by path, those that learn and those that a motion to go on from
+    brings along. ``temporal``: the temporal layers; ``layers``: the same by block path. ``trained``: the
+    parameters that learn, by motion key.
+    """
+
+    temporal: torch.nn.Module
+    layers: Mapping[str, TemporalLayer]
+    queries: Mapping[str, torch.nn.Parameter]
+    trained: Mapping[str, torch.nn.Parameter]
+
+    def motion(self, session: host.TrainingUNet) -> Motion:
+        """The temporal weights, and the queries' differences from the model's, on the CPU."""
+        tensors = {key: value.detach().to("cpu", copy=True) for key, value in self.temporal.state_dict().items()}
+        for path, query in self.queries.items():
+            delta = query.detach() - session.weight(path.removesuffix(".weight"))
+            tensors[path.removesuffix(".weight") + QUERY_SUFFIX] = delta.cpu()
+        return Motion(tensors)
+
+
+def _trainable_weights(session: host.TrainingUNet, settings: TuneSettings, start: Mapping[str, Tensor]) -> _Weights:
+    """Weights at the start of a run. ``start``: tensors of a motion to go on from, none for a fresh run."""
+
+    def scope(path: str) -> bool:
+        return in_scope(path, settings.train_scope)
+
+    temporal = initial_temporal(session.unet, scope, settings.seed)
+    temporal.update({key: value for key, value in start.items() if not key.endswith(QUERY_SUFFIX)})
+    root = build_temporal(session.unet, temporal, CastingOperations, torch.float32).to(session.device)
+    layers = temporal_layers(root)
+    queries: dict[str, torch.nn.Parameter] = {}
+    trained: dict[str, torch.nn.Parameter] = {}
+    for block in transformer_blocks(session.unet):
+        for path in (f"{block}.attn1.to_q", f"{block}.attn2.to_q"):
+            delta = start.get(path + QUERY_SUFFIX)
+            if delta is None and not scope(block):
+                continue
+            weight = session.weight(path)
+            query = torch.nn.Parameter(weight if delta is None else weight + delta.to(weight), scope(block))
+            queries[path + ".weight"] = query
+            if scope(block):
+                trained[path + QUERY_SUFFIX] = query
+        if scope(block):
+            layers[block].attn_temp.requires_grad_(True)
+            for leaf, parameter in layers[block].attn_temp.named_parameters():
+                trained[f"{block}.attn_temp.{leaf}"] = parameter
+    return _Weights(root, layers, queries, trained)
 
 
 class _Descent:

@@ -94,6 +94,9 @@ def _shared_videos() -> list[Path]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "reference" in getattr(item, "fixturenames", ()):
+            item.add_marker("reference")
     absent = _absent(config)
     dropped = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     for item in dropped:

@@ -86,16 +86,9 @@ def host_version(comfyui: Path) -> str:
     raise HostError(f"{comfyui / 'comfyui_version.py'} names no version")
 
 
-def host_python(comfyui: Path) -> str:
-    """The interpreter to run it with: $COMFYUI_PYTHON, its own virtual environment, or the one running now."""
-    if given := os.environ.get("COMFYUI_PYTHON"):
-        return given
-    for folder in (".venv", "venv"):
-        for relative in ("bin/python", "Scripts/python.exe"):
-            python = comfyui / folder / relative
-            if python.is_file():
-                return str(python)
-    return sys.executable
+def host_python() -> str:
+    """The interpreter to run it with: $COMFYUI_PYTHON, or the one running now, which has what the pack needs."""
+    return os.environ.get("COMFYUI_PYTHON") or sys.executable
 
 
 def _free_port() -> int:
@@ -170,7 +163,7 @@ class HostServer:
                 link.symlink_to(folder.resolve(), target_is_directory=True)
         self._port = _free_port()
         command = [
-            host_python(self.comfyui), "-u", str(self.comfyui / "main.py"),
+            host_python(), "-u", str(self.comfyui / "main.py"),
             "--cpu", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes",
             "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
             *self.arguments,
