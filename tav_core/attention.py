@@ -6,7 +6,6 @@ A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -20,26 +19,11 @@ SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 _MAX_FUSED_ROWS = 65535
 
 
-def key_frames(frames: int, mode: SpatialMode) -> list[list[int]]:
-    """The frames whose keys and values each frame's queries attend to in spatial self-attention.
-
-    "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where
-    the previous frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The
-    other modes are ablations.
-    """
-    if mode == "sparse-causal":
-        return [[0, max(i - 1, 0)] for i in range(frames)]
-    if mode == "first frame only":
-        return [[0] for _ in range(frames)]
-    if mode == "full":
-        return [list(range(frames)) for _ in range(frames)]
-    if mode == "per frame":
-        return [[i] for i in range(frames)]
-    raise ValueError(f"attention mode {mode!r} is not one of {', '.join(SPATIAL_MODES)}")
-
-
 def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode) -> Tensor:
     """Lay the keys (or values) of the frames that each frame attends to side by side.
+
+    "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where the previous
+    frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The other modes are ablations.
 
     ``tokens``: [videos * frames * tiles, n, c]; returns [videos * frames * tiles, n * k, c] with
     k = 2 for sparse-causal, 1 for first and per frame, ``frames`` for full attention.
@@ -94,5 +78,3 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
         out = F.scaled_dot_product_attention(q, k, v)
     return out.view(videos, n, heads, frames, c // heads).permute(0, 3, 1, 2, 4).reshape(rows, n, c)
 
-
-Attend = Callable[..., Tensor]

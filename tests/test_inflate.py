@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, inflate
-from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, gather_frames, key_frames, temporal_attend
+from tune_a_video.tav_core.attention import attend, gather_frames, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.norm import pooled_group_norm
 from tune_a_video.tav_core.trainable import in_scope
@@ -53,19 +53,22 @@ def sample(model: Any, x: Tensor, positive: Any, negative: Any = None, guidance:
         return host.run_sampler(model, step, sigmas, positive, negative or positive, guidance, x)
 
 
-@pytest.mark.parametrize("mode", SPATIAL_MODES)
-def test_gathered_keys_are_those_of_the_named_frames(mode: Any) -> None:
+@pytest.mark.parametrize(
+    ("mode", "looks_at"),
+    [
+        ("sparse-causal", [[0, 0], [0, 0], [0, 1], [0, 2]]),
+        ("first frame only", [[0], [0], [0], [0]]),
+        ("full", [[0, 1, 2, 3]] * 4),
+        ("per frame", [[0], [1], [2], [3]]),
+    ],
+)
+def test_gathered_keys_are_those_of_the_frames_that_are_looked_at(mode: Any, looks_at: list[list[int]]) -> None:
     frames, videos, tiles, n, c = 4, 2, 3, 5, 6
     tokens = torch.randn(videos * frames * tiles, n, c)
     by_frame = tokens.view(videos, frames, tiles, n, c)
     gathered = gather_frames(tokens, frames, videos, mode).view(videos, frames, tiles, -1, c)
-    for i, keys in enumerate(key_frames(frames, mode)):
-        expected = torch.cat([by_frame[:, k] for k in keys], dim=2)
-        assert torch.equal(gathered[:, i], expected)
-
-
-def test_sparse_causal_frames() -> None:
-    assert key_frames(4, "sparse-causal") == [[0, 0], [0, 0], [0, 1], [0, 2]]
+    for i, keys in enumerate(looks_at):
+        assert torch.equal(gathered[:, i], torch.cat([by_frame[:, k] for k in keys], dim=2))
 
 
 def test_rows_that_are_no_whole_videos_are_refused() -> None:
