@@ -52,7 +52,8 @@ class _PooledGroupNorm(torch.autograd.Function):
         # means over a group: written as grad * scale - a - b x, so that only two reductions read x.
         weight = scale / _per_channel(rstd, c)
         per_channel = grad.sum(dim=(1, 3, 4), keepdim=True, dtype=torch.float32) * weight
-        per_channel_x = (grad * x).sum(dim=(1, 3, 4), keepdim=True, dtype=torch.float32) * weight
+        # In float32, because a product of scaled gradients soon exceeds what half precision holds.
+        per_channel_x = (grad.float() * x.float()).sum(dim=(1, 3, 4), keepdim=True) * weight
 
         def group_sum(t: Tensor) -> Tensor:
             return t.flatten(1).unflatten(1, (groups, -1)).sum(2)
