@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import engine  # noqa: E402
 import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -31,10 +30,6 @@ SUBJECTS = {
     "reference": "tests on reference files",
     "shared": "tests on the shared clips",
 }
-
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 # Before pytest_configure, because conftest files further down may import the pack at their top.
 engine.load_pack()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tune_a_video.tav_core import schedule
+
+# How long an example takes says more about the machine than about the code.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SIGMAS = torch.linspace(0.03, 14.6, 1000)
 
@@ -15,6 +18,7 @@ def test_fifty_steps_are_the_released_ones() -> None:
     assert schedule.ddim_timesteps(50) == list(range(1, 982, 20))
 
 
+@patient
 @given(st.integers(1, 1000))
 def test_timesteps_ascend_within_the_table(steps: int) -> None:
     timesteps = schedule.ddim_timesteps(steps)
@@ -28,6 +32,7 @@ def test_other_step_counts_are_refused(steps: int) -> None:
         schedule.ddim_timesteps(steps)
 
 
+@patient
 @given(st.integers(1, 500))
 def test_sampling_walks_the_inversion_back(steps: int) -> None:
     up = schedule.inversion_sigmas(SIGMAS, steps)
@@ -37,12 +42,14 @@ def test_sampling_walks_the_inversion_back(steps: int) -> None:
     assert to_zero[-1] == 0 and torch.equal(to_zero[:-1], up.flip(0)[:-1])
 
 
+@patient
 @given(st.floats(0, 1000))
 def test_scales_are_inverse(sigma: float) -> None:
     x = torch.randn(5, dtype=torch.float64)
     torch.testing.assert_close(schedule.to_vp(schedule.to_ve(x, sigma), sigma), x)
 
 
+@patient
 @given(st.floats(0.01, 0.99))
 def test_v_and_epsilon_tell_the_same(alpha_bar: float) -> None:
     x0, noise = torch.randn(2, 7, dtype=torch.float64)
