@@ -169,7 +169,10 @@ class Inflated:
     inflation: Inflation
     motion: Motion | None
     query_strength: float
-    deltas: Mapping[str, Tensor]
+
+    def deltas(self) -> dict[str, Tensor]:
+        """The very tensors that went into weight patches, by the path of their weight."""
+        return {} if self.motion is None else self.motion.query_deltas()
 
 
 class _HostBackend:
@@ -221,25 +224,18 @@ def inflate_model(
         check_fits(motion, inflate.query_shapes(unet), family(model))
     model = deflated(model)
     layers: dict[str, TemporalLayer] = {}
-    deltas: dict[str, Tensor] = {}
     if motion is not None:
-        deltas = motion.query_deltas()
-        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in deltas.items()}
+        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
         model.add_patches(patches, query_strength)
         root = inflate.build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(model))
         layers = inflate.temporal_layers(root)
-        if layers:
+        if layers and hasattr(model, "set_additional_models"):
             patcher = comfy.model_patcher.ModelPatcher(root, model.load_device, model.offload_device)
-            _add_model(model, patcher)
+            model.set_additional_models(_KEY, [patcher])
     _wrap(model, inflation, layers)
     if hasattr(model, "set_attachments"):
-        model.set_attachments(_KEY, Inflated(inflation, motion, query_strength, deltas))
+        model.set_attachments(_KEY, Inflated(inflation, motion, query_strength))
     return model
-
-
-def _add_model(model: ModelPatcher, patcher: ModelPatcher) -> None:
-    if hasattr(model, "set_additional_models"):
-        model.set_additional_models(_KEY, [patcher])
 
 
 def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
@@ -277,8 +273,9 @@ def deflated(model: ModelPatcher) -> ModelPatcher:
     model = model.clone()
     if inflated is None:
         return model
-    ours = {id(delta) for delta in inflated.deltas.values()}
-    for path in inflated.deltas:
+    deltas = inflated.deltas()
+    ours = {id(delta) for delta in deltas.values()}
+    for path in deltas:
         key = _UNET_PREFIX + path
         others = [patch for patch in model.patches.get(key, []) if not _holds(patch, ours)]
         if others:

@@ -96,17 +96,15 @@ def one_shot_tune(
     ``latents``: the clip [frames, c, h, w] in the host's LATENT scale. ``conditioning``: a ComfyUI
     conditioning of one prompt. ``motion``: weights to go on from. ``precision``: compute dtype, None for the
     model's own; what learns is float32 always. ``budget``: bytes for activations, None for what the device
-    has free. ``draw(step)``: timestep and noise [frames, c, h, w], for
-    runs that must repeat given draws. ``on_gradients`` sees each step before its update; ``on_step`` is
-    called after it, may raise to stop.
+    has free. ``draw(step)``: timestep and noise [frames, c, h, w], for runs that must repeat given draws.
+    ``on_gradients`` sees each step before its update; ``on_step`` is called after it, may raise to stop.
 
     Returns the motion (float32, without metadata) and the loss of every step. Raises ValueError for inputs
-    that don't fit together, RuntimeError when the loss is no longer finite.
+    that don't fit together, RuntimeError when the loss is no longer finite or no plan fits into memory.
     """
     unet = host.unet_of(model)
-    shapes = host.query_shapes(model)
     if motion is not None:
-        check_fits(motion, shapes, host.family(model))
+        check_fits(motion, host.query_shapes(model), host.family(model))
     start = {} if motion is None else {key: value.float() for key, value in motion.tensors.items()}
 
     with host.training_unet(model, latents, conditioning, precision) as session:
