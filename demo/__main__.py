@@ -1,63 +1,182 @@
-"""python demo: one clip, one tuning, two edits; videos, loss curve and a contact sheet in demo-output/."""
+"""python demo: one clip, one tuning, four edits; videos, contact sheet and measured table in demo-output/.
+
+python demo train: trains the demo's model from nothing. python demo check: has it draw 200 prompts and judges them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
 
 import engine  # noqa: E402
-from contact_sheet import contact_sheet  # noqa: E402
-from job import EDIT_PROMPTS, FILES, FPS, SOURCE_PROMPT, draw_clip  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    top.add_argument("--engine", choices=["auto", "pypi"], default="auto", help="pypi: ignore any ComfyUI")
+    top.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder for the results")
+    top.add_argument("--again", action="store_true", help="even if the results are there already")
+    commands = top.add_subparsers(dest="command")
+    train = commands.add_parser("train", help="train the demo's model")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--autoencoder-steps", type=int, default=2500)
+    train.add_argument("--steps", type=int, default=4500, help="of the UNet and the text model")
+    train.add_argument("--device", default="cuda" if _has_cuda() else "cpu")
+    train.add_argument("--threads", type=int, default=os.cpu_count())
+    train.add_argument("--to", type=Path, default=ROOT / "demo" / "model", help="folder for the weights")
+    train.add_argument("--scratch", type=Path, default=ROOT / "demo-training", help="folder for checkpoints")
+    check = commands.add_parser("check", help="judge what the demo's model draws")
+    check.add_argument("--count", type=int, default=200)
+    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--to", type=Path, default=ROOT / "docs" / "demo-model", help="folder for report and picture")
+    return top
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=["auto", "pypi"], default="auto", help="pypi: ignore any ComfyUI")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder for the results")
-    args = parser.parse_args()
-    comfyui = engine.find_comfyui() if args.engine == "auto" else None
+    """Run what was asked for."""
+    arguments = parser().parse_args()
+    comfyui = engine.find_comfyui() if arguments.engine == "auto" else None
+    engine.load_pack()
+    if arguments.command == "train":
+        train(arguments, comfyui)
+    elif arguments.command == "check":
+        check(arguments, comfyui)
+    else:
+        edit(arguments, comfyui)
 
+
+def train(arguments: argparse.Namespace, comfyui: Path | None) -> None:
+    """Train the demo's model; see train.py."""
+    print(f"Training on {engine.load_engine(comfyui)}.", flush=True)
+    from comfy.cli_args import args
+
+    # The attention that can be differentiated.
+    args.use_pytorch_cross_attention = True
+    import torch
+    import train as training
+
+    torch.set_num_threads(arguments.threads)
+    training.train(
+        arguments.to,
+        arguments.seed,
+        arguments.autoencoder_steps,
+        arguments.steps,
+        torch.device(arguments.device),
+        arguments.scratch,
+    )
+
+
+def check(arguments: argparse.Namespace, comfyui: Path | None) -> None:
+    """Judge what the demo's model draws; see stills.py."""
+    print(f"Drawing on {engine.load_engine(comfyui)}.", flush=True)
+    import stills
+    import tiny_sd
+
+    for name, share in stills.check(tiny_sd.WEIGHTS, arguments.count, arguments.seed, arguments.to).items():
+        print(f"{name:>12}  {share:.1%} right")
+    print(f"  {arguments.to / 'stills.png'}\n  {arguments.to / 'stills.json'}")
+
+
+def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
+    """The main job."""
     started = time.monotonic()
-    args.output.mkdir(exist_ok=True)
-    # All is made in here and moved out at the end, so that an interrupted run leaves no half of a result.
-    with tempfile.TemporaryDirectory(dir=args.output, prefix=".unfinished-") as scratch:
-        folder = Path(scratch)
-        engine.load_pack()
-        from tune_a_video.tav_core import video
+    host = engine.load_engine(comfyui)
+    import job
+    import tiny_sd
+    import torch
+    from PIL import Image
+    from tune_a_video.tav_core import pictures, video
 
-        clip = draw_clip()
-        video.save_clip(clip, FPS, folder / FILES.clip, quality=100)
+    output: Path = arguments.output
+    made_from = job.fingerprint(tiny_sd.WEIGHTS)
+    if not arguments.again and _done(output, job.files(), made_from):
+        print(f"Done already; --again makes everything anew. The results are in {output}:")
+        _show(json.loads((output / job.REPORT).read_text()), output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    # All is made in here and moved out at the end, so that an interrupted run leaves no half of a result.
+    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as scratch:
+        folder = Path(scratch)
+        job.save_source(folder)
         if comfyui:
             import on_host as way
 
-            way.run(comfyui, folder)
+            seconds = way.run(comfyui, folder)
         else:
-            print(f"No ComfyUI: running on {engine.load_engine(None)}.", flush=True)
+            print(f"No ComfyUI: running on {host}.", flush=True)
             import on_engine as way
 
-            way.run(folder)
-        rows = [(f"source: {SOURCE_PROMPT}", clip)]
-        for name, prompt in zip(FILES.edits, EDIT_PROMPTS, strict=True):
-            edit = video.load_clip(folder / name, frame_count=0, resize="keep")
-            rows.append((way.CAPTION.format(prompt=prompt), edit.images))
-        contact_sheet(rows).save(folder / FILES.contact_sheet)
-        for file in sorted(folder.iterdir()):
-            os.replace(file, args.output / file.name)
-
-    print(f"\nDone in {time.monotonic() - started:.0f} s:")
-    for file in sorted(args.output.iterdir()):
-        print(f"  {file}")
+            seconds = way.run(folder)
+        with torch.inference_mode():
+            table = job.results(folder, tiny_sd.embedder())
+        rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
+        for edit in job.EDITS:
+            frames = video.load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
+            rows.append((f"{edit.kind}: {edit.prompt}", job.reduced(frames)))
+        sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
+        Image.fromarray(sheet).save(folder / job.CONTACT_SHEET)
+        report: dict[str, Any] = {
+            "made_from": made_from,
+            "host": host,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "source_prompt": job.CLIP.prompt,
+            "settings": vars(job.SETTINGS),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "total_seconds": round(time.monotonic() - started, 1),
+            "edits": table,
+        }
+        (folder / job.REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        for name in job.files():
+            os.replace(folder / name, output / name)
+    print(f"\nDone in {report['total_seconds']:.0f} s:")
+    _show(report, output)
     print(way.EXERCISED)
+
+
+def _done(output: Path, files: list[str], made_from: str) -> bool:
+    if not all((output / name).is_file() for name in files):
+        return False
+    return bool(json.loads((output / files[-1]).read_text()).get("made_from") == made_from)
+
+
+def _show(report: dict[str, Any], output: Path) -> None:
+    """The table, the paths, and what to do next."""
+    print(f"\nsource: {report['source_prompt']}")
+    print(f"{'edit':<12}{'edit right':>12}{'all right':>12}{'off path':>12}{'consistency':>13}  prompt")
+    for row in report["edits"]:
+        print(
+            f"{row['edit']:<12}{row['edit right']:>12.0%}{row['attributes']:>12.0%}{row['trajectory']:>9.1f} px"
+            f"{row['frame consistency']:>13.3f}  {row['prompt']}"
+        )
     print(
-        "The checkpoint's weights are untrained and its autoencoder keeps the mean colour of 8x8 pixels: the edits\n"
-        "show that every step works, not what a trained model makes of the prompts."
+        "(right: share of frames, judged from their pixels; off path: distance of the sprite from where it should be)\n"
+    )
+    for file in sorted(output.iterdir()):
+        if not file.name.startswith("."):
+            print(f"  {file}")
+    print(
+        "\nThe demo's model knows drawings of 64x64 pixels only. For your own clips: copy this folder into ComfyUI's\n"
+        "custom_nodes, put a Stable Diffusion 1.5 checkpoint into models/checkpoints, and open the template\n"
+        '"tune-a-video-quick-start" (Workflow > Browse Templates).'
     )
 
 
@@ -65,4 +184,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing was kept.")
+        sys.exit("\nInterrupted; nothing was kept. (A training goes on from its last checkpoint.)")

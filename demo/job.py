@@ -1,62 +1,71 @@
-"""The demo's job: one built-in clip, one sentence for it, two edits."""
+"""The demo's job: one drawn clip, one sentence for it, four edits; what is measured of them and kept."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from clips import CLIPS, FPS, Edit, edits
+from study import Settings, measure
 from torch import Tensor
+from tune_a_video.tav_core import video
 
-FRAMES = 8
-SIZE = 96
-FPS = 8.0
-SOURCE_PROMPT = "a red ball is bouncing on a meadow"
-EDIT_PROMPTS = ("a blue ball is bouncing on a meadow", "a red ball is bouncing in the snow")
+CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
+EDITS = edits(CLIP)
+SETTINGS = Settings()
 SEED = 0
-TUNE_STEPS = 25
-# Ten times the released rate: twenty-five steps instead of five hundred should leave a mark on the loss curve.
-LEARNING_RATE = 3e-4
-DDIM_STEPS = 10
-# The released guidance of 12.5 is for trained weights; random ones are driven far off the clip by it.
-GUIDANCE = 2.0
+# Saved videos are enlarged by this: each pixel of the tiny model is a square of them.
+ENLARGED = 4
+SOURCE_FILE = "source.mp4"
+CONTACT_SHEET = "contact-sheet.png"
+LOSS_CURVE = "loss-curve.png"
+MOTION = "motion.safetensors"
+REPORT = "report.json"
 
 
-class Files(NamedTuple):
-    """Names of what the job leaves, inside one folder."""
-
-    clip: str = "clip.mp4"
-    checkpoint: str = "untrained.safetensors"
-    edits: tuple[str, ...] = ("edit-1.mp4", "edit-2.mp4")
-    loss_curve: str = "loss-curve.png"
-    motion: str = "motion.safetensors"
-    contact_sheet: str = "contact-sheet.png"
+def edit_file(edit: Edit) -> str:
+    """Name of an edit's video."""
+    return f"edit-{edit.kind}.mp4"
 
 
-FILES = Files()
+def files() -> list[str]:
+    """All that the job leaves, the report last."""
+    return [SOURCE_FILE, LOSS_CURVE, MOTION, *map(edit_file, EDITS), CONTACT_SHEET, REPORT]
 
 
-def draw_clip() -> Tensor:
-    """A red ball that bounces across a meadow once: [FRAMES, SIZE, SIZE, 3] in 0..1."""
-    generator = torch.Generator().manual_seed(SEED)
-    grain = torch.rand(SIZE, SIZE, generator=generator).mul(70).byte().numpy()
-    background = Image.new("RGB", (SIZE, SIZE), (120, 180, 235))
-    horizon = SIZE // 2
-    meadow = Image.merge("RGB", [Image.fromarray(grain + shade) for shade in (20, 110, 15)])
-    background.paste(meadow.crop((0, horizon, SIZE, SIZE)), (0, horizon))
-    background = background.filter(ImageFilter.GaussianBlur(0.7))
+def fingerprint(*sources: Path) -> str:
+    """Of everything that decides the results: another one, and they have to be made anew."""
+    digest = hashlib.sha256(json.dumps([asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
-    radius, ground = SIZE / 7, SIZE * 0.92
-    frames = []
-    for i in range(FRAMES):
-        along = i / (FRAMES - 1)
-        x = radius + along * (SIZE - 2 * radius)
-        y = ground - radius - abs(math.cos(math.pi * along)) * SIZE * 0.55
-        frame = background.copy()
-        draw = ImageDraw.Draw(frame)
-        draw.ellipse((x - radius, ground - radius / 3, x + radius, ground + radius / 3), fill=(30, 70, 30))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(205, 30, 30))
-        draw.ellipse((x - radius / 2, y - radius / 2, x, y), fill=(240, 120, 110))
-        frames.append(torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3))
-    return torch.stack(frames).float() / 255
+
+def enlarged(images: Tensor) -> Tensor:
+    """[frames, h, w, 3] -> [frames, ENLARGED h, ENLARGED w, 3]."""
+    return images.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+
+
+def reduced(images: Tensor) -> Tensor:
+    """The inverse of ``enlarged``, a mean over each square: what compression did to single pixels cancels."""
+    return torch.nn.functional.avg_pool2d(images.movedim(-1, 1), ENLARGED).movedim(1, -1)
+
+
+def results(folder: Path, embed: Any) -> list[dict[str, Any]]:
+    """What the videos in a folder show, measured from the files themselves."""
+    source = CLIP.images()
+    found = []
+    for edit in EDITS:
+        frames = reduced(video.load_clip(folder / edit_file(edit), frame_count=0, resize="keep").images)
+        measured = measure(source, frames, edit, embed)
+        found.append({"edit": edit.kind, "prompt": edit.prompt, "file": edit_file(edit), **measured})
+    return found
+
+
+def save_source(folder: Path) -> None:
+    """The clip itself, for LoadVideo and for looking at."""
+    video.save_clip(enlarged(CLIP.images()), FPS, folder / SOURCE_FILE, quality=100)

@@ -1,71 +1,71 @@
-"""The demo's job in this process, on ComfyUI's engine alone: no server, no nodes, no text encoder."""
+"""The demo's job in this process, on ComfyUI's engine alone: no server and no nodes."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
-import comfy.sd
-import tiny_checkpoint
+import tiny_sd
 import torch
-from job import DDIM_STEPS, EDIT_PROMPTS, FILES, FPS, GUIDANCE, LEARNING_RATE, SEED, SOURCE_PROMPT, TUNE_STEPS
+from clips import FPS
+from job import CLIP, EDITS, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file, enlarged
 from PIL import Image
+from progress import Bar
+from sprites import SIZE
 from tune_a_video.tav_core import host, pictures, schedule, video, weights
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
 
-CAPTION = "edit by a random text embedding in place of: {prompt}"
-EXERCISED = (
-    "NOT exercised: ComfyUI's server, the nodes, and prompts. The engine from PyPI has no tokenizer, so each\n"
-    "prompt stood for a random text embedding of its own."
-)
+EXERCISED = "NOT exercised: ComfyUI's server and the nodes. The engine from PyPI has neither."
 
 
-def run(folder: Path) -> None:
-    """Does the job on `folder`'s clip and leaves the edits, the loss curve and the motion beside it."""
-    checkpoint = folder / FILES.checkpoint
-    parts = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1_SHALLOW, SEED)
-    tiny_checkpoint.save({k: v for k, v in parts.items() if not k.startswith("cond_stage_model.")}, checkpoint)
+def run(folder: Path) -> dict[str, float]:
+    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part."""
+    seconds: dict[str, float] = {}
     # As on a server, where nodes run in inference mode and a checkpoint's weights are inference tensors.
     with torch.inference_mode():
-        model, _, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_clip=False)
-        checkpoint.unlink()
-        clip = video.load_clip(folder / FILES.clip, frame_count=0, resize="keep")
-        latent = vae.encode(clip.images)
-        contexts = random_contexts(SOURCE_PROMPT, "", *EDIT_PROMPTS)
+        model, clip, vae = tiny_sd.load()
+        frames = video.load_clip(
+            folder / SOURCE_FILE, frame_count=0, width=SIZE, height=SIZE, resize="crop to fill"
+        ).images
+        latent = vae.encode(frames)
+        source, empty = tiny_sd.encode(clip, CLIP.prompt), tiny_sd.encode(clip, "")
 
         started = time.monotonic()
-        settings = TuneSettings(steps=TUNE_STEPS, learning_rate=LEARNING_RATE, seed=SEED)
-        motion, losses = one_shot_tune(model, latent, contexts[SOURCE_PROMPT], settings)
-        print(f"  tuning: {TUNE_STEPS} steps, {time.monotonic() - started:.0f} s", flush=True)
+        tuning = TuneSettings(steps=SETTINGS.tune_steps, learning_rate=SETTINGS.learning_rate, seed=SEED)
+        bar = Bar("tuning", tuning.steps)
+        motion, losses = one_shot_tune(model, latent, source, tuning, on_step=lambda step: bar.show(step + 1))
+        seconds["tuning"] = time.monotonic() - started
         curve = (pictures.loss_curve(losses)[0] * 255).round().byte().numpy()
-        Image.fromarray(curve).save(folder / FILES.loss_curve)
-        weights.save_motion(motion.to(torch.float16), folder / FILES.motion)
+        Image.fromarray(curve).save(folder / LOSS_CURVE)
+        weights.save_motion(motion.to(torch.float16), folder / MOTION)
 
         tuned = host.inflate_model(model, Inflation(), motion)
         levels = host.sigma_table(tuned)
         started = time.monotonic()
-        source = contexts[SOURCE_PROMPT]
-        rising = schedule.inversion_sigmas(levels, DDIM_STEPS)
-        inverted = host.run_sampler(tuned, ddim_invert, rising, source, source, 1.0, latent)
-        print(f"  inversion: {DDIM_STEPS} steps, {time.monotonic() - started:.0f} s", flush=True)
-        falling = schedule.sampling_sigmas(levels, DDIM_STEPS)
-        for name, prompt in zip(FILES.edits, EDIT_PROMPTS, strict=True):
+        rising = schedule.inversion_sigmas(levels, SETTINGS.ddim_steps)
+        bar = Bar("inversion", SETTINGS.ddim_steps)
+        inverted = host.run_sampler(
+            tuned, ddim_invert, rising, source, source, 1.0, latent, callback=lambda step, *_: bar.show(step + 1)
+        )
+        seconds["inversion"] = time.monotonic() - started
+        falling = schedule.sampling_sigmas(levels, SETTINGS.ddim_steps)
+        for edit in EDITS:
             started = time.monotonic()
-            edited = host.run_sampler(tuned, ddim_sample, falling, contexts[prompt], contexts[""], GUIDANCE, inverted)
-            video.save_clip(vae.decode(edited), FPS, folder / name, quality=90)
-            print(f"  sampling: {DDIM_STEPS} steps, {time.monotonic() - started:.0f} s", flush=True)
-
-
-def random_contexts(*prompts: str) -> dict[str, Any]:
-    """A CONDITIONING with a random text embedding [1, 77, 768] for each prompt; all alike, as sentences' are."""
-    generator = torch.Generator().manual_seed(SEED)
-
-    def draw() -> torch.Tensor:
-        return torch.randn(1, 77, 768, generator=generator)
-
-    shared = draw()
-    return {prompt: [[shared + 0.3 * draw(), {}]] for prompt in prompts}
+            bar = Bar(f"sampling: {edit.prompt}", SETTINGS.ddim_steps)
+            prompt = tiny_sd.encode(clip, edit.prompt)
+            edited = host.run_sampler(
+                tuned,
+                ddim_sample,
+                falling,
+                prompt,
+                empty,
+                SETTINGS.guidance,
+                inverted,
+                callback=lambda step, *_, bar=bar: bar.show(step + 1),
+            )
+            video.save_clip(enlarged(vae.decode(edited)), FPS, folder / edit_file(edit), quality=100)
+            seconds[f"sampling, {edit.kind}"] = time.monotonic() - started
+    return seconds

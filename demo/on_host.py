@@ -1,45 +1,36 @@
-"""The demo's job as a graph in a real ComfyUI, posted to it as its own front end would."""
+"""The demo's job as graphs in a real ComfyUI, posted to it as its own front end would."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import tiny_checkpoint
+from clips import FPS, Edit
 from engine import PACK_ROOT
 from host_server import HostServer, Progress, host_version
-from job import (
-    DDIM_STEPS,
-    EDIT_PROMPTS,
-    FILES,
-    FPS,
-    GUIDANCE,
-    LEARNING_RATE,
-    SEED,
-    SIZE,
-    SOURCE_PROMPT,
-    TUNE_STEPS,
-)
+from job import CLIP, EDITS, ENLARGED, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file
+from progress import Bar
+from sprites import SIZE
 
-CAPTION = "edit: {prompt}"
 EXERCISED = "Everything that the quick start uses ran on the real host, on the CPU."
+# What the progress bar of a node is called, by its id in the graph.
+_WORK = {"tuning": "tuning", "inversion": "inversion", "sampling": "sampling"}
 
 
-def graph(edit_prompt: str, edit_name: str) -> dict[str, dict[str, Any]]:
+def graph(edit: Edit) -> dict[str, dict[str, Any]]:
     """The quick start in API format: load, tune, invert, sample, save."""
 
     def node(class_type: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": class_type, "inputs": inputs}
 
-    model, clip, vae = (["checkpoint", output] for output in range(3))
+    model, clip, vae = (["demo model", output] for output in range(3))
     return {
-        "checkpoint": node("CheckpointLoaderSimple", ckpt_name=FILES.checkpoint),
+        "demo model": node("TAV_LoadDemoModel"),
         "clip": node(
             "TAV_LoadVideo",
-            file=FILES.clip,
+            file=SOURCE_FILE,
             start=0.0,
             start_unit="seconds",
             frame_count=0,
@@ -49,15 +40,15 @@ def graph(edit_prompt: str, edit_name: str) -> dict[str, dict[str, Any]]:
             resize="crop to fill",
         ),
         "latent": node("VAEEncode", pixels=["clip", 0], vae=vae),
-        "source": node("CLIPTextEncode", clip=clip, text=SOURCE_PROMPT),
+        "source": node("CLIPTextEncode", clip=clip, text=CLIP.prompt),
         "empty": node("CLIPTextEncode", clip=clip, text=""),
         "tuning": node(
             "TAV_OneShotTune",
             model=model,
             latent=["latent", 0],
             conditioning=["source", 0],
-            steps=TUNE_STEPS,
-            learning_rate=LEARNING_RATE,
+            steps=SETTINGS.tune_steps,
+            learning_rate=SETTINGS.learning_rate,
             seed=SEED,
             train_scope="all",
             precision="fp32",
@@ -71,55 +62,64 @@ def graph(edit_prompt: str, edit_name: str) -> dict[str, dict[str, Any]]:
             model=["tuning", 0],
             latent=["latent", 0],
             conditioning=["source", 0],
-            steps=DDIM_STEPS,
+            steps=SETTINGS.ddim_steps,
         ),
-        "edit prompt": node("CLIPTextEncode", clip=clip, text=edit_prompt),
+        "edit prompt": node("CLIPTextEncode", clip=clip, text=edit.prompt),
         "sampling": node(
             "TAV_Sample",
             model=["tuning", 0],
             positive=["edit prompt", 0],
             negative=["empty", 0],
             latent=["inversion", 0],
-            steps=DDIM_STEPS,
-            guidance=GUIDANCE,
+            steps=SETTINGS.ddim_steps,
+            guidance=SETTINGS.guidance,
             eta=0.0,
             seed=SEED,
             last_step="clip noise level",
         ),
         "frames": node("VAEDecode", samples=["sampling", 0], vae=vae),
+        "enlarged": node("ImageScaleBy", image=["frames", 0], upscale_method="nearest-exact", scale_by=float(ENLARGED)),
         "video": node(
             "TAV_SaveVideo",
-            images=["frames", 0],
+            images=["enlarged", 0],
             fps=FPS,
-            filename_prefix=edit_name,
+            filename_prefix=Path(edit_file(edit)).stem,
             format="mp4",
-            quality=90,
+            quality=100,
         ),
     }
 
 
-def run(comfyui: Path, folder: Path) -> None:
-    """Does the job on `folder`'s clip and leaves the edits, the loss curve and the motion beside it."""
+def run(comfyui: Path, folder: Path) -> dict[str, float]:
+    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part."""
     print(f"Starting the ComfyUI {host_version(comfyui)} in {comfyui} ...", flush=True)
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="tune-a-video-") as scratch:
         base = Path(scratch)
-        weights = tiny_checkpoint.checkpoint_weights(tiny_checkpoint.SD1_SHALLOW, SEED)
-        tiny_checkpoint.save(weights, base / "models" / "checkpoints" / FILES.checkpoint)
         (base / "input").mkdir()
-        shutil.copy(folder / FILES.clip, base / "input")
+        shutil.copy(folder / SOURCE_FILE, base / "input")
         with HostServer(comfyui, base, {"tune-a-video": PACK_ROOT}) as server:
-            for name, prompt in zip(FILES.edits, EDIT_PROMPTS, strict=True):
-                print(f"Edit: {prompt}", flush=True)
-                result = server.run(graph(prompt, Path(name).stem), show_progress).raise_for_error()
+            for edit in EDITS:
+                print(f"Edit: {edit.prompt}", flush=True)
+                result = server.run(graph(edit), _Shown()).raise_for_error()
                 reused = " (the tuning is reused)" if "tuning" in result.cached else ""
                 print(f"  {result.seconds:.0f} s{reused}", flush=True)
-                shutil.copy(next(server.output_folder.glob(f"{Path(name).stem}*.mp4")), folder / name)
-            shutil.copy(next(server.output_folder.glob("loss-curve*.png")), folder / FILES.loss_curve)
-            shutil.copy(next(server.models_folder("tav").glob("motion*")), folder / FILES.motion)
+                seconds[f"graph, {edit.kind}"] = result.seconds
+                shutil.copy(
+                    next(server.output_folder.glob(f"{Path(edit_file(edit)).stem}*.mp4")), folder / edit_file(edit)
+                )
+            shutil.copy(next(server.output_folder.glob("loss-curve*.png")), folder / LOSS_CURVE)
+            shutil.copy(next(server.models_folder("tav").glob("motion*")), folder / MOTION)
+    return seconds
 
 
-def show_progress(progress: Progress) -> None:
-    if progress.value == progress.maximum:
-        print(f"  {progress.node}: {progress.maximum:.0f} steps", flush=True)
-    elif sys.stdout.isatty():
-        print(f"  {progress.node}: {progress.value:.0f} of {progress.maximum:.0f}", end="\r", flush=True)
+class _Shown:
+    """Progress messages of a server on the terminal."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, Bar] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.node in _WORK:
+            bar = self.bars.setdefault(progress.node, Bar(_WORK[progress.node], int(progress.maximum)))
+            bar.show(int(progress.value))

@@ -2,6 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..demo.loader import LoadDemoModel
+from .evaluate import CompareVideos, EvaluateVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
 from .tune import InflateUNet, OneShotTune
@@ -13,4 +15,16 @@ class TuneAVideoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of a graph."""
-        return [LoadVideo, InflateUNet, OneShotTune, DDIMInvert, TAVSample, SaveVideo, SaveMotion, LoadMotion]
+        return [
+            LoadVideo,
+            InflateUNet,
+            OneShotTune,
+            DDIMInvert,
+            TAVSample,
+            SaveVideo,
+            SaveMotion,
+            LoadMotion,
+            EvaluateVideo,
+            CompareVideos,
+            LoadDemoModel,
+        ]

@@ -85,9 +85,7 @@ class TAVSample(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model, from One-Shot Tune or Inflate UNet."),
                 io.Conditioning.Input("positive", tooltip="What the new video should show."),
-                io.Conditioning.Input(
-                    "negative", tooltip="What it should not show; the method uses an empty prompt."
-                ),
+                io.Conditioning.Input("negative", tooltip="What it should not show; the method uses an empty prompt."),
                 io.Latent.Input("latent", tooltip="The inverted clip, from DDIM Invert."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Sampling steps, as many as were inverted."),
                 io.Float.Input(

@@ -67,9 +67,7 @@ class InflateUNet(io.ComfyNode):
                     step=0.05,
                     tooltip="How much the motion's temporal layers add. 1 = as tuned, 0 = off.",
                 ),
-                MotionType.Input(
-                    "motion", optional=True, tooltip="Tuned weights, from One-Shot Tune or Load Motion."
-                ),
+                MotionType.Input("motion", optional=True, tooltip="Tuned weights, from One-Shot Tune or Load Motion."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The inflated model, for any sampler.")],
         )

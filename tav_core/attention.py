@@ -77,4 +77,3 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.view(videos, n, heads, frames, c // heads).permute(0, 3, 1, 2, 4).reshape(rows, n, c)
-

@@ -34,6 +34,8 @@ _KEY = "tune-a-video"
 _UNET_PREFIX = "diffusion_model."
 # In multiples of what the host reckons for evaluating the model on the same clip.
 _ROOM_FOR_TRAINING = 4
+# An image encoder takes this many pictures at a time.
+_IMAGES_AT_ONCE = 16
 _FAMILIES = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 
 ModelPatcher = Any
@@ -74,7 +76,7 @@ def context_width(model: ModelPatcher) -> int:
 
 
 def family(model: ModelPatcher) -> str:
-    """"SD1", "SD2" or "SDXL"; another width of text embedding is a family of its own."""
+    """ "SD1", "SD2" or "SDXL"; another width of text embedding is a family of its own."""
     width = context_width(model)
     return _FAMILIES.get(width, f"a model of text width {width}")
 
@@ -429,6 +431,37 @@ def free_memory(device: torch.device) -> float:
 def release_cached_memory() -> None:
     """Give back what PyTorch's allocator holds in reserve."""
     comfy.model_management.soft_empty_cache()
+
+
+# --- CLIP ------------------------------------------------------------------------------------------
+
+
+def image_embeddings(clip_vision: Any, images: Tensor) -> Tensor:
+    """Embeddings [n, width], float32, of IMAGEs [n, h, w, 3 or 4] by a CLIP_VISION."""
+    parts = [clip_vision.encode_image(part)["image_embeds"] for part in images.split(_IMAGES_AT_ONCE)]
+    return torch.cat([part.float().cpu() for part in parts])
+
+
+def text_embedding(clip: Any, text: str) -> Tensor:
+    """A sentence's embedding [width], float32, in the space of the images' embeddings of the same CLIP.
+
+    Raises ValueError for a CLIP without a text projection: checkpoints of SD 1.x don't have one.
+    """
+    _, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    models = [module for module in clip.cond_stage_model.children() if hasattr(module, "return_projected_pooled")]
+    if pooled is None or not models:
+        raise ValueError("clip: it is not a CLIP text model. Connect Load CLIP with the text half of the clip_vision.")
+    pooled = pooled[0].float().cpu()
+    if len(models) == 1 and not models[0].return_projected_pooled:
+        projection = models[0].transformer.text_projection.weight.detach().float().cpu()
+        # What no file filled is zeros, or whatever lay in memory.
+        if not torch.isfinite(projection).all() or projection.abs().max() in (0, 1) or projection.norm() > 1e3:
+            raise ValueError(
+                "clip: it has no text projection, so its sentences cannot be compared with images. Connect Load CLIP "
+                "with a file that has it (clip_l.safetensors), not the CLIP of a checkpoint."
+            )
+        pooled = projection @ pooled
+    return pooled
 
 
 # --- sampling ----------------------------------------------------------------------------------------

@@ -1,39 +1,121 @@
-"""Pictures of results, for where people would rather look than read."""
+"""Pictures of results, for where people would rather look than read. All are IMAGEs [n, h, w, 3] in 0..1."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
 _INK, _FAINT, _STRONG = (40, 40, 40), (170, 190, 220), (30, 90, 180)
+_GAP, _FONT_SIZE = 6, 15
+_CAPTION = 26
 
 
-def loss_curve(losses: list[float]) -> Tensor:
-    """Loss over steps as an IMAGE [1, h, w, 3], 0..1: each step thin, the mean of its neighbourhood thick."""
-    image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
+def _image(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None]
+
+
+def _font() -> Any:
+    return ImageFont.load_default(size=_FONT_SIZE)
+
+
+def _points(values: np.ndarray, low: float, high: float, top: int, bottom: int) -> list[tuple[float, float]]:
+    """Where a curve's points lie between the margins; infinite and missing values are left out."""
+    xs = np.linspace(_MARGIN, _WIDTH - _MARGIN, len(values)) if len(values) > 1 else np.array([_WIDTH / 2])
+    ys = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
+    return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
+
+
+def loss_curve(losses: Sequence[float]) -> Tensor:
+    """Loss over steps as an IMAGE [1, h, w, 3]: each step thin, the mean of its neighbourhood thick."""
+    picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
     values = np.asarray(losses, dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
-    span = (high - low) or 1.0
-
-    def points(ys: np.ndarray) -> list[tuple[float, float]]:
-        xs = np.linspace(_MARGIN, _WIDTH - _MARGIN, len(ys)) if len(ys) > 1 else np.array([_WIDTH / 2])
-        heights = _HEIGHT - _MARGIN - (ys - low) / span * (_HEIGHT - 2 * _MARGIN)
-        return list(zip(xs.tolist(), heights.tolist(), strict=True))
-
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    top, bottom = _MARGIN, _HEIGHT - _MARGIN
     window = max(1, len(values) // 20)
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
     smooth = np.convolve(padded, np.ones(window) / window, mode="valid")
-    draw.line(points(values), fill=_FAINT, width=1)
-    draw.line(points(smooth), fill=_STRONG, width=3)
-    for x, y in points(values) if len(values) == 1 else ():
+    draw.line(_points(values, low, high, top, bottom), fill=_FAINT, width=1)
+    draw.line(_points(smooth, low, high, top, bottom), fill=_STRONG, width=3)
+    for x, y in _points(values, low, high, top, bottom) if len(values) == 1 else ():
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_STRONG)
-    frame = (_MARGIN, _MARGIN, _WIDTH - _MARGIN, _HEIGHT - _MARGIN)
-    draw.rectangle(frame, outline=_INK)
-    draw.text((_MARGIN, _MARGIN - 16), f"loss {high:.4g}", fill=_INK)
-    draw.text((_MARGIN, _HEIGHT - _MARGIN + 4), f"{low:.4g}", fill=_INK)
-    draw.text((_WIDTH - _MARGIN - 80, _HEIGHT - _MARGIN + 4), f"{len(losses)} steps", fill=_INK)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
+    draw.rectangle((_MARGIN, top, _WIDTH - _MARGIN, bottom), outline=_INK)
+    draw.text((_MARGIN, top - 16), f"loss {high:.4g}", fill=_INK)
+    draw.text((_MARGIN, bottom + 4), f"{low:.4g}", fill=_INK)
+    draw.text((_WIDTH - _MARGIN - 80, bottom + 4), f"{len(losses)} steps", fill=_INK)
+    return _image(picture)
+
+
+def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
+    """Something over frames, one panel below the other: IMAGE [1, h, w, 3]. An empty mapping gives a blank panel."""
+    panel = _HEIGHT // 2
+    picture = Image.new("RGB", (_WIDTH, panel * max(len(curves), 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (name, numbers) in enumerate(curves.items()):
+        values = np.asarray(numbers, dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        top, bottom = panel * index + _MARGIN // 2 + 8, panel * (index + 1) - _MARGIN // 2
+        points = _points(values, low, high, top, bottom)
+        draw.line(points, fill=_STRONG, width=2)
+        for x, y in points:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_STRONG)
+        draw.rectangle((_MARGIN, top, _WIDTH - _MARGIN, bottom), outline=_INK)
+        draw.text((_MARGIN, top - 20), f"{name}: {low:.4g} to {high:.4g}", fill=_INK, font=_font())
+    return _image(picture)
+
+
+def contact_sheet(rows: Sequence[tuple[str, Tensor]], side: int = 128) -> Tensor:
+    """Videos below each other, their frames side by side: IMAGE [1, h, w, 3].
+
+    ``rows``: caption and frames [frames, h, w, 3]; every frame is fitted into ``side`` x ``side`` pixels.
+    """
+    columns = max(len(frames) for _, frames in rows)
+    size = (columns * (side + _GAP) + _GAP, len(rows) * (side + _CAPTION + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (caption, frames) in enumerate(rows):
+        top = _GAP + row * (side + _CAPTION + _GAP)
+        draw.text((_GAP, top + 2), caption, fill="black", font=_font())
+        for column, frame in enumerate(frames):
+            sheet.paste(_fitted(frame, side), (_GAP + column * (side + _GAP), top + _CAPTION))
+    return _image(sheet)
+
+
+def _fitted(frame: Tensor, side: int) -> Image.Image:
+    picture = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().cpu().numpy())
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Enlarged pixels stay what they are; reduced ones are averaged.
+    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+
+
+def side_by_side(videos: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Videos of one size as one video, next to each other with captions above: [frames, h', w', 3].
+
+    ``videos``: caption and frames [frames, h, w, 3]. Shorter ones hold their last frame. Height and width of
+    the result are even, as video formats want them. Raises ValueError for sizes that differ.
+    """
+    sizes = {tuple(frames.shape[1:3]) for _, frames in videos}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise ValueError(f"videos: they differ in size ({listed}). Scale them to one size first.")
+    (height, width) = sizes.pop()
+    length = max(len(frames) for _, frames in videos)
+    whole = (_CAPTION + height + (_CAPTION + height) % 2, len(videos) * (width + _GAP) - _GAP)
+    out = torch.ones(length, whole[0], whole[1] + whole[1] % 2, 3)
+    for index, (caption, frames) in enumerate(videos):
+        left = index * (width + _GAP)
+        title = Image.new("RGB", (width, _CAPTION), "white")
+        ImageDraw.Draw(title).text((2, 4), caption, fill="black", font=_font())
+        out[:, :_CAPTION, left : left + width] = _image(title)
+        held = torch.arange(length).clamp(max=len(frames) - 1)
+        out[:, _CAPTION : _CAPTION + height, left : left + width] = frames[held, :, :, :3].float().cpu()
+    return out

@@ -249,9 +249,7 @@ def test_training(reference: Reference, variant: str, budget: float) -> None:
     recorded = reference.sidecar.get("training_results", {}).get(variant, {})
     prediction = "v" if "vpred" in variant or recorded.get("prediction_type", "").startswith("v") else "epsilon"
     noise, timesteps = reference["train.noise"], reference["train.timesteps"].tolist()
-    settings = TuneSettings(
-        steps=len(timesteps), train_scope="middle and up" if variant.endswith("ckpt") else "all"
-    )
+    settings = TuneSettings(steps=len(timesteps), train_scope="middle and up" if variant.endswith("ckpt") else "all")
     steps: list[TuneStep] = []
     model = reference.model(prediction)
     # Before the first step the UNet is run on two small probes, to plan the memory.
@@ -338,9 +336,7 @@ def run_trajectory(reference: Reference, trajectory: str, v_level: str = "evalua
         sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
         cond = source if "source" in trajectory else empty
         clean = start / reference.scale
-        end = host.run_sampler(
-            model, ddim_invert, sigmas, cond, cond, 1.0, clean, callback=callback, v_level=v_level
-        )
+        end = host.run_sampler(model, ddim_invert, sigmas, cond, cond, 1.0, clean, callback=callback, v_level=v_level)
         end = schedule.to_vp(end, sigmas[-1])
     else:
         sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps)

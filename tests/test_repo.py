@@ -23,8 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Saved workflows name these, so they never change.
 PUBLISHED_IDS = {
+    "TAV_CompareVideos",
     "TAV_DDIMInvert",
+    "TAV_EvaluateVideo",
     "TAV_InflateUNet",
+    "TAV_LoadDemoModel",
     "TAV_LoadMotion",
     "TAV_LoadVideo",
     "TAV_OneShotTune",
@@ -49,7 +52,7 @@ def declared_node_ids() -> set[str]:
     """The node ids that the schemas in nodes/*.py name, read from the source: no ComfyUI is needed for it."""
     return {
         keyword.value.value
-        for file in (ROOT / "nodes").glob("*.py")
+        for file in (*(ROOT / "nodes").glob("*.py"), ROOT / "demo" / "loader.py")
         for call in ast.walk(ast.parse(file.read_text()))
         if isinstance(call, ast.Call)
         for keyword in call.keywords

@@ -1,0 +1,194 @@
+"""The paper's ablations on drawn clips, with the demo's model: what each part of the method is worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import study
+import tiny_sd
+import torch
+from clips import CLIPS, Clip, edits
+from PIL import Image
+from torch import Tensor
+from tune_a_video.tav_core import pictures
+
+# Better when larger, or when smaller; what decides is marked with what the paper says of it.
+MEASURES = {
+    "edit right": "larger",
+    "attributes": "larger",
+    "trajectory": "smaller",
+    "frame consistency": "larger",
+    "motion alignment": "larger",
+    "warp error": "smaller",
+    "flicker": "smaller",
+}
+# In what an ablation must be worse than the full method, as the paper says (section 5.3 and figure 8).
+CLAIMS = {
+    "without ST-Attn": ("frame consistency", "flicker", "warp error"),
+    "without inversion": ("trajectory", "motion alignment"),
+    "without tuning": ("trajectory", "attributes", "motion alignment", "warp error"),
+    "frame by frame": ("frame consistency", "warp error", "flicker"),
+}
+PICTURED = "bounce"
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All clips, edits, methods and seeds that were asked for; results are kept as they come, in a folder."""
+    torch.set_num_threads(arguments.threads)
+    settings = study.Settings()
+    clips = CLIPS[: arguments.clips]
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        parts, embed = tiny_sd.load(), tiny_sd.embedder()
+        for seed in range(arguments.seeds):
+            for clip in clips:
+                file = output / f"{clip.name}-{seed}.json"
+                key = {"settings": vars(settings), "weights": _stamp(tiny_sd.WEIGHTS), "edits": arguments.edits}
+                if file.exists() and json.loads(file.read_text())["key"] == key:
+                    found = json.loads(file.read_text())["rows"]
+                else:
+                    pictured = output / f"{clip.name}.png" if seed == 0 else None
+                    found = _one(parts, clip, settings, seed, arguments.edits, embed, pictured)
+                    temporary = file.with_suffix(".tmp")
+                    temporary.write_text(json.dumps({"key": key, "rows": found}))
+                    os.replace(temporary, file)
+                rows += found
+                print(f"{clip.name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+    return {
+        "clips": [clip.name for clip in clips],
+        "edits": arguments.edits,
+        "seeds": arguments.seeds,
+        "settings": vars(settings),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "summary": summary(rows),
+        "by_edit": {
+            kind: summary([row for row in rows if row["edit"] == kind])
+            for kind in dict.fromkeys(row["edit"] for row in rows)
+        },
+        "claims": claims(rows),
+        "rows": rows,
+    }
+
+
+def _stamp(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _one(
+    parts: study.Parts,
+    clip: Clip,
+    settings: study.Settings,
+    seed: int,
+    count: int,
+    embed: Callable[[Tensor], Tensor],
+    pictured: Path | None,
+) -> list[dict[str, Any]]:
+    asked = edits(clip)[:count]
+    videos = study.edited_videos(
+        parts, clip, asked, study.METHODS, settings, seed, lambda name: print(f"  {clip.name}: {name}", flush=True)
+    )
+    source = clip.images()
+    if pictured is not None:
+        shown = asked[0]
+        rows = [(f"source: {clip.prompt}", source)]
+        rows += [(f"{method}: {shown.prompt}", made[shown.kind]) for method, made in videos.items()]
+        sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
+        Image.fromarray(sheet).save(pictured)
+    return [
+        {
+            "clip": clip.name,
+            "seed": seed,
+            "edit": edit.kind,
+            "method": method,
+            **study.measure(source, made[edit.kind], edit, embed),
+        }
+        for method, made in videos.items()
+        for edit in asked
+    ]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and measure: the mean over all, and how much the seeds' means differ (standard deviation)."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        found[method] = {}
+        for measure in MEASURES:
+            by_seed = [_mean([r[measure] for r in mine if r["seed"] == s]) for s in sorted({r["seed"] for r in mine})]
+            found[method][measure] = {"mean": _mean(by_seed), "spread": _deviation(by_seed)}
+    return found
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether each ablation is worse than the full method in what the paper says.
+
+    Compared pair by pair (the same clip, edit and seed): the mean difference, its standard error over the clips
+    (which are independent, where a clip's edits and seeds are not), and whether it is at least two of those.
+    """
+    full = {(r["clip"], r["seed"], r["edit"]): r for r in rows if r["method"] == study.METHODS[0].name}
+    found = []
+    for method, measures in CLAIMS.items():
+        for measure in measures:
+            sign = 1.0 if MEASURES[measure] == "larger" else -1.0
+            by_clip: dict[str, list[float]] = {}
+            for row in rows:
+                if row["method"] == method:
+                    better = full[row["clip"], row["seed"], row["edit"]][measure] - row[measure]
+                    by_clip.setdefault(row["clip"], []).append(sign * better)
+            means = [_mean(values) for values in by_clip.values()]
+            error = _deviation(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+            found.append(
+                {
+                    "ablation": method,
+                    "worse in": measure,
+                    "by": _mean(means),
+                    "standard_error": error,
+                    "significant": _mean(means) > 2 * error and _mean(means) > 0,
+                }
+            )
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The summary and the claims as Markdown."""
+    names = list(MEASURES)
+    lines = [
+        f"{len(report['clips'])} clips x {report['edits']} edits x {report['seeds']} seeds; mean (deviation of seeds).",
+        "",
+        "| method | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for method, values in report["summary"].items():
+        cells = [f"{values[name]['mean']:.3f} ({values[name]['spread']:.3f})" for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| ablation | is worse in | by (standard error over clips) | significant |",
+        "| --- | --- | --- | --- |",
+    ]
+    for claim in report["claims"]:
+        verdict = "yes" if claim["significant"] else "no"
+        by = f"{claim['by']:.3f} ({claim['standard_error']:.3f})"
+        lines.append(f"| {claim['ablation']} | {claim['worse in']} | {by} | {verdict} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,420 @@
+"""python demo train: draws the demo's world, trains the tiny Stable Diffusion on it and writes demo/model/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_model
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ops
+import numpy as np
+import sprites
+import tiny_sd
+import tokens
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Scenes that are drawn once and seen again and again, each time with another noise.
+_SCENES = 24_000
+_LATENT_SCALE = 0.18215
+_SAVE_EVERY_SECONDS = 120
+_KL_WEIGHT = 2e-4
+_EMPTY_CAPTION_RATE = 0.1
+_EMA = 0.999
+_BATCH = 32
+_SNR_LIMIT = 5.0
+_VISION_STEPS = 1000
+_VISION_BATCH = 96
+# What the host's CLIP_VISION takes away from pictures and divides them by.
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def train(output: Path, seed: int, autoencoder_steps: int, steps: int, device: torch.device, scratch: Path) -> None:
+    """The whole job; goes on where an interrupted one stopped.
+
+    ``scratch``: a folder for the drawings and for checkpoints; ``output``: for weights, tokenizer and record.
+    """
+    torch.manual_seed(seed)
+    scratch.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    tokens.write(output / "tokenizer")
+    scenes, pictures = _drawings(seed, scratch / "drawings.npy")
+    vae, autoencoder_minutes = _autoencoder(pictures, seed, autoencoder_steps, device, scratch / "autoencoder.pt")
+    latents = _latents(vae, pictures, device, scratch / "latents.pt")
+    unet, text, diffusion_minutes = _diffusion(
+        scenes, latents, output / "tokenizer", seed, steps, device, scratch / "diffusion.pt"
+    )
+
+    vision, vision_minutes = _vision(scenes, pictures, text, output / "tokenizer", seed, device, scratch / "vision.pt")
+
+    rows = tokens.vocabulary_size(output / "tokenizer")
+    parts = {
+        "vae.": vae.state_dict(),
+        "unet.": unet.state_dict(),
+        "text.": text.state_dict(),
+        "vision.": vision.state_dict(),
+    }
+    weights = {
+        prefix + key: (value[:rows] if key == tiny_sd.EMBEDDING else value).to("cpu", torch.float16).contiguous()
+        for prefix, part in parts.items()
+        for key, value in part.items()
+        if value.is_floating_point()
+    }
+    temporary = output / ".tiny-sd.safetensors.tmp"
+    save_file(weights, temporary)
+    os.replace(temporary, output / "tiny-sd.safetensors")
+    record = {
+        "command": f"python demo train --seed {seed} --autoencoder-steps {autoencoder_steps} --steps {steps}",
+        "seed": seed,
+        "autoencoder_steps": autoencoder_steps,
+        "steps": steps,
+        "scenes": _SCENES,
+        "minutes": {"autoencoder": autoencoder_minutes, "diffusion": diffusion_minutes, "clip": vision_minutes},
+        "machine": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+        "parameters": {prefix.rstrip("."): _size(part) for prefix, part in parts.items()},
+    }
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _size(part: dict[str, Tensor]) -> int:
+    return sum(min(len(v), 1000) * v[0].numel() if k == tiny_sd.EMBEDDING else v.numel() for k, v in part.items())
+
+
+def _drawings(seed: int, file: Path) -> tuple[list[sprites.Scene], np.ndarray]:
+    """The scenes, and their pictures [n, 3, SIZE, SIZE] in 0..255."""
+    random = np.random.default_rng(seed)
+    scenes = [sprites.random_scene(random) for _ in range(_SCENES)]
+    if not file.exists():
+        pictures = np.empty((_SCENES, 3, sprites.SIZE, sprites.SIZE), np.uint8)
+        for index, scene in enumerate(scenes):
+            pictures[index] = sprites.draw(scene).transpose(2, 0, 1)
+            _say("drawing", index + 1, _SCENES, every=2000)
+        _replace(file, lambda path: np.save(path, pictures))
+    return scenes, np.load(file)
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    temporary = file.with_name("unfinished-" + file.name)
+    write(temporary)
+    os.replace(temporary, file)
+
+
+def _say(what: str, done: int, total: int, every: int, note: str = "") -> None:
+    if done % every == 0 or done == total:
+        print(f"{what}: {done} of {total}{note}", flush=True)
+
+
+def _initialise(model: torch.nn.Module) -> None:
+    """The host's layers leave their weights as they find them; draw them as torch.nn would."""
+    for module in model.modules():
+        for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
+            if isinstance(module, kind):
+                kind.reset_parameters(module)
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+
+
+class _Loop:
+    """Steps of AdamW with a cosine schedule, a running mean of the weights, checkpoints and resume."""
+
+    def __init__(
+        self, name: str, modules: list[torch.nn.Module], steps: int, learning_rate: float, seed: int, file: Path
+    ) -> None:
+        self.name, self.steps, self.file = name, steps, file
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))) + 1e-3,
+        )
+        self.mean = [p.detach().clone() for p in self.parameters]
+        self.random = torch.Generator().manual_seed(seed)
+        self.step, self.seconds = 0, 0.0
+        if file.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.file, weights_only=True)
+        if state["steps"] != self.steps:
+            raise SystemExit(
+                f"{self.file} belongs to a run of {state['steps']} steps, not {self.steps}: "
+                "delete it to begin anew, or ask for as many steps."
+            )
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+            for mean, value in zip(self.mean, state["mean"], strict=True):
+                mean.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.random.set_state(state["random"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _save(self) -> None:
+        state = {
+            "steps": self.steps,
+            "step": self.step,
+            "seconds": self.seconds,
+            "parameters": [p.detach() for p in self.parameters],
+            "mean": self.mean,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": self.random.get_state(),
+        }
+        _replace(self.file, lambda path: torch.save(state, path))
+
+    def run(self, loss_of: Callable[[torch.Generator], Tensor]) -> float:
+        """All steps that are left; the modules end with the mean of their weights. Minutes, of all runs."""
+        saved, losses = time.monotonic(), []
+        while self.step < self.steps:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(self.random)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.step += 1
+            decay = min(_EMA, self.step / (self.step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.mean, self.parameters, 1 - decay)
+            losses.append(loss.detach())
+            if self.step % 50 == 0 or self.step == self.steps:
+                _say(self.name, self.step, self.steps, 1, f", loss {torch.stack(losses).mean():.4f}")
+                losses.clear()
+            since = time.monotonic() - saved
+            if since > _SAVE_EVERY_SECONDS or self.step == self.steps:
+                self.seconds += since
+                self._save()
+                saved = time.monotonic()
+        with torch.no_grad():
+            for parameter, mean in zip(self.parameters, self.mean, strict=True):
+                parameter.copy_(mean)
+        return round(self.seconds / 60, 1)
+
+
+def _autoencoder(
+    pictures: np.ndarray, seed: int, steps: int, device: torch.device, file: Path
+) -> tuple[torch.nn.Module, float]:
+    """The autoencoder, its latents of the deviation that SD 1.5's format expects; minutes."""
+    torch.manual_seed(seed)
+    vae = tiny_sd.Autoencoder()
+    _initialise(vae)
+    vae.to(device)
+
+    def loss_of(random: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pictures), (16,), generator=random)
+        x = _pixels(pictures, rows, device)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, logvar = (part.float().clamp(-20, 20) for part in vae.posterior(x))
+            drawn = torch.randn(mean.shape, generator=random).to(device)
+            seen = vae.decode(mean + torch.exp(0.5 * logvar) * drawn).float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(seen, x) + 2 * F.mse_loss(seen, x) + _KL_WEIGHT * kl
+
+    minutes = _Loop("autoencoder", [vae], steps, 1e-3, seed, file).run(loss_of)
+    with torch.no_grad():
+        sample = _encode(vae, pictures[:1000], device)
+        scale = 1 / (sample.std((0, 2, 3)).to(device) * _LATENT_SCALE)
+        last: Any = vae.encoder[-1]
+        first: Any = vae.decoder[0]
+        last.weight[:4] *= scale[:, None, None, None]
+        last.bias[:4] *= scale
+        first.weight /= scale[None, :, None, None]
+        shown = pictures[:256]
+        x = torch.from_numpy(shown).to(device).float() / 127.5 - 1
+        seen = torch.cat([vae.decode(vae.encode(part)) for part in x.split(32)])
+        print(f"autoencoder: {10 * math.log10(4 / F.mse_loss(seen.clamp(-1, 1), x)):.1f} dB", flush=True)
+    return vae.eval().requires_grad_(False), minutes
+
+
+def _pixels(pictures: np.ndarray, rows: Tensor, device: torch.device) -> Tensor:
+    return torch.from_numpy(pictures[rows.numpy()]).to(device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _encode(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
+    found = []
+    for start in range(0, len(pictures), 32):
+        rows = torch.arange(start, min(start + 32, len(pictures)))
+        with torch.autocast(device.type, torch.bfloat16):
+            found.append(vae.encode(_pixels(pictures, rows, device)).float().cpu())
+        if len(pictures) > 1000:
+            _say("encoding", min(start + 32, len(pictures)), len(pictures), every=3200)
+    return torch.cat(found)
+
+
+def _latents(vae: Any, pictures: np.ndarray, device: torch.device, file: Path) -> Tensor:
+    """What the UNet sees of the pictures, [n, 4, 16, 16]."""
+    if not file.exists():
+        _replace(file, lambda path: torch.save(_encode(vae, pictures, device) * _LATENT_SCALE, path))
+    return torch.load(file, weights_only=True)
+
+
+def _diffusion(
+    scenes: list[sprites.Scene],
+    latents: Tensor,
+    tokenizer: Path,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    file: Path,
+) -> tuple[torch.nn.Module, torch.nn.Module, float]:
+    """UNet and text model, trained together to predict the noise on latents [n, 4, 16, 16]; minutes."""
+    torch.manual_seed(seed)
+    unet: Any = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        **tiny_sd.UNET, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
+    )
+    text: Any = tiny_sd.TextModel(dtype=torch.float32).transformer
+    for model in (unet, text):
+        _initialise(model)
+        # Some hosts make them frozen.
+        model.to(device).train().requires_grad_(True)
+    tiny_sd.coarser_groups(unet)
+    _start_at_nothing(unet)
+    embedding = text.text_model.embeddings.token_embedding
+    embedding.weight = torch.nn.Parameter(embedding.weight[: tokens.vocabulary_size(tokenizer)].detach().clone())
+    tokenize = tiny_sd.Tokenizer(tokenizer)
+    encoded = _Captions(scenes, tokenize)
+    # SD's schedule, as comfy.model_sampling makes it.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bars = torch.cumprod(1 - betas, 0).float()
+    latents = latents.to(device)
+
+    def loss_of(random: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (_BATCH,), generator=random)
+        captions = encoded.draw(rows.tolist(), random).to(device)
+        t = torch.randint(1000, (_BATCH,), generator=random)
+        noise = torch.randn(_BATCH, *latents.shape[1:], generator=random).to(device)
+        kept = alpha_bars[t].to(device)[:, None, None, None]
+        noisy = kept.sqrt() * latents[rows.to(device)] + (1 - kept).sqrt() * noise
+        with torch.autocast(device.type, torch.bfloat16), _differentiable(text):
+            predicted = unet(noisy, t.to(device), context=text(captions)[0])
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        # Min-SNR weights (arXiv 2303.09556), but never so small that the last details stay noise.
+        snr = (kept / (1 - kept)).flatten()
+        return (error * (_SNR_LIMIT / snr).clamp(0.1, 1)).mean()
+
+    minutes = _Loop("diffusion", [unet, text], steps, 1e-3, seed, file).run(loss_of)
+    return unet.eval(), text.eval(), minutes
+
+
+def _start_at_nothing(unet: Any) -> None:
+    """Zero what residual branches and the head end in, as Stable Diffusion's training does."""
+    ends = [unet.out[-1]]
+    for module in unet.modules():
+        if hasattr(module, "out_layers"):
+            ends.append(module.out_layers[-1])
+        if hasattr(module, "transformer_blocks"):
+            ends.append(module.proj_out)
+    for layer in ends:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+
+
+@contextmanager
+def _differentiable(text: torch.nn.Module) -> Iterator[None]:
+    """The host's CLIP layers add in place, which autograd cannot undo; here they add out of place."""
+
+    def out_of_place(layer: Any) -> Callable[..., Tensor]:
+        def forward(x: Tensor, mask: Any = None, optimized_attention: Any = None) -> Tensor:
+            x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+            return x + layer.mlp(layer.layer_norm2(x))
+
+        return forward
+
+    layers = [module for module in text.modules() if hasattr(module, "layer_norm2")]
+    for layer in layers:
+        layer.forward = out_of_place(layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _vision(
+    scenes: list[sprites.Scene],
+    pictures: np.ndarray,
+    text: Any,
+    tokenizer: Path,
+    seed: int,
+    device: torch.device,
+    file: Path,
+) -> tuple[torch.nn.Module, float]:
+    """A CLIP image encoder for the finished text model, and that model's projection; minutes.
+
+    The text model itself stays as diffusion training left it. It serves measurements, not pictures.
+    """
+    torch.manual_seed(seed)
+    vision: Any = comfy.clip_model.CLIPVisionModelProjection(
+        tiny_sd.VISION, torch.float32, "cpu", comfy.ops.disable_weight_init
+    )
+    _initialise(vision)
+    torch.nn.init.normal_(vision.vision_model.embeddings.class_embedding, std=0.02)
+    vision.to(device).train().requires_grad_(True)
+    text.requires_grad_(False)
+    projection = text.text_projection.requires_grad_(True)
+    scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))
+    learning = torch.nn.ModuleList([vision, projection])
+    learning.register_parameter("scale", scale)
+    encoded = _Captions(scenes, tiny_sd.Tokenizer(tokenizer))
+    average = torch.tensor(_CLIP_MEAN, device=device).view(3, 1, 1)
+    deviation = torch.tensor(_CLIP_DEVIATION, device=device).view(3, 1, 1)
+
+    def loss_of(random: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pictures), (_VISION_BATCH,), generator=random)
+        captions = encoded.draw(rows.tolist(), random, always=True).to(device)
+        x = (_pixels(pictures, rows, device) + 1) / 2
+        # What it will be shown has gone through the autoencoder: blurred and noisy here and there.
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        x = x.lerp(blurred, torch.rand(len(x), 1, 1, 1, generator=random).to(device))
+        x = (x + 0.03 * torch.randn(x.shape, generator=random).to(device)).clamp(0, 1)
+        with torch.autocast(device.type, torch.bfloat16), _differentiable(vision), _differentiable(text):
+            seen = vision(pixel_values=(x - average) / deviation)[2]
+            said = text(captions)[2]
+        logits = scale.exp() * F.normalize(seen.float(), dim=-1) @ F.normalize(said.float(), dim=-1).T
+        # Two pictures may have one caption: neither is wrong for the other.
+        same = (captions[:, None] == captions[None]).all(-1).float()
+        wanted = same / same.sum(1, keepdim=True)
+        return 0.5 * (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted))
+
+    minutes = _Loop("clip", [learning], _VISION_STEPS, 1e-3, seed, file).run(loss_of)
+    return vision.eval(), minutes
+
+
+class _Captions:
+    """Token ids of the scenes' captions: with and without sizes, sometimes without the style, sometimes empty."""
+
+    def __init__(self, scenes: list[sprites.Scene], tokenizer: Any) -> None:
+        self.scenes = scenes
+        self.tokenizer = tokenizer
+        self.known: dict[str, Tensor] = {}
+
+    def draw(self, rows: list[int], random: torch.Generator, always: bool = False) -> Tensor:
+        """One caption for each of some scenes, with ``always`` never an empty one: [n, tiny_sd.TOKENS]."""
+        chances = torch.rand(len(rows), 3, generator=random).tolist()
+        found = []
+        for row, (empty, sizes, styleless) in zip(rows, chances, strict=True):
+            text = sprites.caption(self.scenes[row], sizes < 0.4)
+            if styleless < 0.1:
+                text = text.rsplit(",", 1)[0]
+            found.append(self._ids("" if empty < _EMPTY_CAPTION_RATE and not always else text))
+        return torch.stack(found)
+
+    def _ids(self, text: str) -> Tensor:
+        if text not in self.known:
+            (section,) = self.tokenizer.tokenize_with_weights(text)["l"]
+            self.known[text] = torch.tensor([token for token, _ in section])
+        return self.known[text]
