@@ -3,6 +3,8 @@
 python bench tune-step | invert-step | sample-step    one kind of step at any UNet size, on random weights
 python bench scale                                    steps over frames and sizes, with curves
 python bench ablation                                 the paper's ablations on drawn clips
+python bench peak                                     predicted against measured memory of a tuning step
+python bench cards                                    what the planner would do on graphics cards
 python bench evaluate                                 the figures of the EvaluateVideo node for two files
 """
 
@@ -40,6 +42,16 @@ def parser() -> argparse.ArgumentParser:
     scale.add_argument("--frames", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     scale.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="pixels, square")
     scale.add_argument("--picture", type=Path, default=ROOT / "docs" / "scale.png")
+    peak = commands.add_parser("peak", help="the planner's prediction against the measured peak of a tuning step")
+    peak.add_argument("--unet", nargs="+", default=["tiny", "sd15"], choices=["sd15", "sd21", "sdxl", "tiny"])
+    peak.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    peak.add_argument("--frames", type=int, nargs="+", default=[4, 8])
+    peak.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="pixels, square")
+    cards = commands.add_parser("cards", help="the planner's choices and predictions for graphics cards, on paper")
+    cards.add_argument("--unet", default="sd15", choices=["sd15", "sd21", "sdxl", "tiny"])
+    cards.add_argument("--frames", type=int, default=24)
+    cards.add_argument("--size", type=int, default=512, help="pixels, square")
+    cards.add_argument("--gib", type=float, nargs="+", default=[8, 12, 16, 24, 80])
     ablation = commands.add_parser("ablation", help="the paper's ablations on drawn clips")
     ablation.add_argument("--quick", action="store_true", help="one clip, one edit, one seed")
     ablation.add_argument("--clips", type=int, default=8)
@@ -95,6 +107,18 @@ def _scale(arguments: argparse.Namespace) -> dict[str, Any]:
     return scale.run(arguments)
 
 
+def _peak(arguments: argparse.Namespace) -> dict[str, Any]:
+    import peak
+
+    return peak.run(arguments)
+
+
+def _cards(arguments: argparse.Namespace) -> dict[str, Any]:
+    import peak
+
+    return peak.cards(arguments)
+
+
 def _ablation(arguments: argparse.Namespace) -> dict[str, Any]:
     sys.path.append(str(ROOT / "demo"))
     import ablation
@@ -120,6 +144,8 @@ _COMMANDS = {
     "invert-step": _step,
     "sample-step": _step,
     "scale": _scale,
+    "peak": _peak,
+    "cards": _cards,
     "ablation": _ablation,
     "evaluate": _evaluate,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import resource
 import statistics
 import time
@@ -23,7 +22,6 @@ from unets import UNETS, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCOPES = {"all": "all", "middle-up": "middle and up"}
-BUDGETS = {"auto": None, "keep": math.inf, "recompute": 0.0}
 GUIDANCE = 12.5
 
 
@@ -101,7 +99,7 @@ def tune(
         prompts[0],
         TuneSettings(steps=steps, train_scope=SCOPES[arguments.train_scope]),  # type: ignore[arg-type]
         precision=DTYPES[arguments.precision],
-        budget=BUDGETS[arguments.plan],
+        level=None if arguments.plan == "auto" else arguments.plan,
         on_step=on_step,
     )
 

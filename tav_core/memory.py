@@ -1,8 +1,14 @@
 """What a tuning step keeps of its forward pass and what it computes again, from a memory budget.
 
-A unit is a residual block or a transformer block. Kept, it holds on to all that its backward pass needs;
-recomputed, only to its input, and runs forward a second time in the backward pass. What a unit would keep is
-measured, not guessed: on two small probes, from which it grows linearly with frames and pixels.
+A unit is a residual block or a transformer block. It runs at one of three levels:
+
+- keep: it holds on to all that its backward pass needs;
+- selective: of a transformer block, to its input and what its attentions gave, by far the dearest to compute again;
+  norms, projections and the feed-forward run a second time in the backward pass;
+- recompute: to its input alone; all of it runs a second time.
+
+What a unit would keep is measured, not guessed: on two small probes, from which it grows linearly with frames
+and pixels.
 """
 
 from __future__ import annotations
@@ -11,38 +17,81 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .inflate import Forward, transformer_blocks
 
+Level = Literal["keep", "selective", "recompute"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
 # What a running unit allocates beside what it saves, in shares of the latter: outputs in flight, and their
-# gradients on the way back.
+# gradients on the way back. Fitted to measured peaks (docs/performance.md).
 _IN_FLIGHT = 0.5
+
+_ATTENTION = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if hasattr(torch.ops.aten, name)
+}
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Bytes a unit saves for its backward pass when kept, and of its input alone."""
+    """Bytes that a unit saves for its backward pass when kept, of its input alone, and of its attentions' results.
+
+    ``gradients``: of the parameters in it that learn, which its backward pass leaves behind.
+    """
 
     saved: float
     input: float
+    attended: float = 0.0
+    gradients: float = 0.0
+
+    def held(self, level: Level) -> float:
+        """Bytes held from its forward to its backward pass."""
+        if level == "keep":
+            return self.saved
+        return self.input + (self.attended if level == "selective" else 0.0)
+
+    def running(self, level: Level) -> float:
+        """Bytes that its backward pass takes for a moment beside those."""
+        again = 0.0 if level == "keep" else max(self.saved - self.held(level), 0.0)
+        return again + _IN_FLIGHT * self.saved
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which units are recomputed, and what that is predicted to take, in bytes beside weights and optimiser."""
+    """The level of each unit, in the order they run, and the peak that is predicted: bytes beside the weights.
 
-    recomputed: frozenset[str]
-    kept: frozenset[str]
+    ``gradients``: how many of them are gradients of what learns.
+    """
+
+    levels: Mapping[str, Level]
     bytes: float
+    gradients: float
+
+    def count(self, level: Level) -> int:
+        """How many units run at a level."""
+        return sum(each == level for each in self.levels.values())
+
+    @property
+    def smallest(self) -> bool:
+        """Whether nothing is left to give up."""
+        return self.count("recompute") == len(self.levels)
 
     def __str__(self) -> str:
-        total = len(self.recomputed) + len(self.kept)
-        return f"{len(self.kept)} of {total} blocks kept, {self.bytes / 2**30:.2f} GiB for activations"
+        counted = ", ".join(f"{level} {self.count(level)}" for level in LEVELS)
+        return f"blocks: {counted}; {self.bytes / 2**30:.2f} GiB for activations and gradients"
 
 
 def units(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -55,51 +104,106 @@ def units(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
-def total_bytes(costs: Mapping[str, UnitCost], recomputed: frozenset[str]) -> float:
-    """Peak of activations: what is kept, the inputs of the rest, and the largest unit while it runs."""
-    held = sum(cost.input if path in recomputed else cost.saved for path, cost in costs.items())
-    largest = max((cost.saved for cost in costs.values()), default=0.0)
-    again = max((costs[path].saved for path in recomputed), default=0.0)
-    return held + again + _IN_FLIGHT * largest
+def peak(costs: Mapping[str, UnitCost], levels: Mapping[str, Level]) -> float:
+    """Bytes at the worst moment of a step: some unit's backward pass.
+
+    By then the units behind it have given up what they held and left their gradients.
+    """
+    # What lies between the units and behind the last of them: at most about the largest that goes into one.
+    held = max((cost.input for cost in costs.values()), default=0.0)
+    gradients = sum(cost.gradients for cost in costs.values())
+    worst = held + gradients
+    for path, cost in costs.items():
+        held += cost.held(levels[path])
+        worst = max(worst, held + cost.running(levels[path]) + gradients)
+        gradients -= cost.gradients
+    return worst
+
+
+def _plan(costs: Mapping[str, UnitCost], levels: Mapping[str, Level]) -> Plan:
+    return Plan(levels, peak(costs, levels), sum(cost.gradients for cost in costs.values()))
+
+
+def uniform_plan(costs: Mapping[str, UnitCost], level: Level) -> Plan:
+    """Every unit at one level; a residual block, which has no attention, is kept at the selective one."""
+    levels: dict[str, Level] = {
+        path: "keep" if level == "selective" and not cost.attended else level for path, cost in costs.items()
+    }
+    return _plan(costs, levels)
 
 
 def make_plan(costs: Mapping[str, UnitCost], budget: float) -> Plan:
-    """Keep as much as fits into ``budget`` bytes; the last to be given up is what saves least.
+    """Give up as little as fits into ``budget`` bytes, the cheapest to compute again first.
 
-    The units' recomputation costs about what they save (both grow with channels x positions), so the largest
+    First the transformer blocks become selective: what they give up then costs the fewest operations per byte
+    (some hundred; residual blocks some thousand). Then blocks are recomputed. Within each of the two the largest
     go first: fewer units to run again for the same memory.
     """
-    by_size = sorted(costs, key=lambda path: costs[path].saved - costs[path].input, reverse=True)
-    recomputed: frozenset[str] = frozenset()
-    for path in by_size:
-        if total_bytes(costs, recomputed) <= budget:
+
+    def largest_first(paths: list[str]) -> list[str]:
+        return sorted(paths, key=lambda path: costs[path].saved, reverse=True)
+
+    levels: dict[str, Level] = dict.fromkeys(costs, "keep")
+    attending = [path for path, cost in costs.items() if cost.attended and cost.held("selective") < cost.saved]
+    steps: list[tuple[str, Level]] = [(path, "selective") for path in largest_first(attending)]
+    steps += [(path, "recompute") for path in largest_first(list(costs))]
+    for path, level in steps:
+        if peak(costs, levels) <= budget:
             break
-        recomputed |= {path}
-    return Plan(recomputed, frozenset(costs) - recomputed, total_bytes(costs, recomputed))
+        levels[path] = level
+    return _plan(costs, levels)
 
 
-def recomputing_forwards(unet: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, Forward]]:
-    """Forwards of the units that ``plan`` recomputes, around those the units have now."""
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def planned_forwards(unet: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, Forward]]:
+    """Forwards of the units that ``plan`` does not keep, around those the units have now."""
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    ways = {
+        "selective": partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention)),
+        "recompute": again,
+    }
     return [
-        (module, partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False))
+        (module, partial(ways[plan.levels[path]], module.forward))
         for path, module in units(unet).items()
-        if path in plan.recomputed
+        if plan.levels.get(path, "keep") != "keep"
     ]
 
 
+class _AttentionResults(TorchDispatchMode):
+    """Tells of the size of whatever an attention kernel returns."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ATTENTION:
+            self.tell(sum(part.nbytes for part in out if isinstance(part, Tensor)))
+        return out
+
+
+@dataclass
+class _Counted:
+    saved: int = 0
+    input: int = 0
+    attended: int = 0
+
+
 @contextmanager
-def _counting(unet: torch.nn.Module) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Count what each unit saves (each storage once, where it is first saved) and the size of its input."""
-    saved: dict[str, int] = {}
-    inputs: dict[str, int] = {}
+def _counting(unet: torch.nn.Module) -> Iterator[dict[str, _Counted]]:
+    """Count what each unit saves (each storage once, where it is first saved), its input, its attentions' results."""
+    found: dict[str, _Counted] = {}
     running: list[str] = []
     # Tensors are held on to while counting, so that no two of them share an address one after the other.
     seen: dict[int, Tensor] = {}
 
     def enter(path: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         running.append(path)
-        inputs[path] = args[0].nbytes
-        saved.setdefault(path, 0)
+        found.setdefault(path, _Counted()).input = args[0].nbytes
 
     def leave(path: str, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running.pop()
@@ -108,39 +212,60 @@ def _counting(unet: torch.nn.Module) -> Iterator[tuple[dict[str, int], dict[str,
         address = tensor.untyped_storage().data_ptr()
         if running and address not in seen:
             seen[address] = tensor
-            saved[running[-1]] += tensor.untyped_storage().nbytes()
+            found[running[-1]].saved += tensor.untyped_storage().nbytes()
         return tensor
+
+    def attended(size: int) -> None:
+        if running:
+            found[running[-1]].attended += size
 
     handles = []
     for path, module in units(unet).items():
         handles.append(module.register_forward_pre_hook(partial(enter, path)))
         handles.append(module.register_forward_hook(partial(leave, path)))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield saved, inputs
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _AttentionResults(attended):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
 def measure(
-    unet: torch.nn.Module, run: Callable[[int, int, int], Tensor], frames: int, height: int, width: int
+    unet: torch.nn.Module,
+    run: Callable[[int, int, int], Tensor],
+    frames: int,
+    height: int,
+    width: int,
+    gradients: Mapping[str, int],
 ) -> dict[str, UnitCost]:
     """What each unit would keep for a clip of ``frames`` x ``height`` x ``width`` latent pixels.
 
     ``run(frames, height, width)`` evaluates the UNet on a clip of that size, as prepared for training. Two
-    small probes tell what grows with the clip from what does not (weights that autograd saves).
+    small probes tell what grows with the clip from what does not (converted weights that autograd saves).
+    ``gradients``: their bytes by the path of a transformer block.
     """
     side = 8  # the least that survives the UNet's halvings
     probes = []
     for count in (2, 3):
-        with _counting(unet) as (saved, inputs):
+        with _counting(unet) as found:
             run(count, side, side)
-        probes.append((saved, inputs))
+        probes.append(found)
     factor = frames * height * width / side**2
-    (two, _), (three, inputs) = probes
+    two, three = probes
+
+    def grown(now: int, before: int) -> float:
+        """What grows with the clip at its size, and the rest (converted weights) as it is."""
+        per_frame = now - before
+        return per_frame * factor + max(now - 3 * per_frame, 0)
+
     return {
-        path: UnitCost(saved=(three[path] - two[path]) * factor, input=inputs[path] / 3 * factor)
+        path: UnitCost(
+            saved=grown(three[path].saved, two[path].saved),
+            input=three[path].input / 3 * factor,
+            attended=(three[path].attended - two[path].attended) * factor,
+            gradients=gradients.get(path, 0),
+        )
         for path in two
-        if three[path] > two[path]
+        if three[path].saved > two[path].saved
     }

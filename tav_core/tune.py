@@ -29,7 +29,7 @@ from .weights import QUERY_SUFFIX, Motion, check_fits
 _LOSS_CHECK_INTERVAL = 10
 
 # The rest is for what the allocator cannot use and for what other programs on the device do meanwhile.
-_SHARE_OF_FREE_MEMORY = 0.8
+SHARE_OF_FREE_MEMORY = 0.8
 
 
 INFLATED = Inflation()
@@ -86,8 +86,10 @@ def one_shot_tune(
     motion: Motion | None = None,
     precision: torch.dtype | None = None,
     budget: float | None = None,
+    level: memory.Level | None = None,
     draw: Draw | None = None,
     on_gradients: Callable[[TuneStep], None] | None = None,
+    on_plan: Callable[[memory.Plan], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Motion, list[float]]:
     """Tune query projections and temporal layers on one clip.
@@ -95,34 +97,67 @@ def one_shot_tune(
     ``model``: a ComfyUI ModelPatcher without inflation; LoRAs on it are part of what is tuned on.
     ``latents``: the clip [frames, c, h, w] in the host's LATENT scale. ``conditioning``: a ComfyUI
     conditioning of one prompt. ``motion``: weights to go on from. ``precision``: compute dtype, None for the
-    model's own; what learns is float32 always. ``budget``: bytes for activations, None for what the device
-    has free. ``draw(step)``: timestep and noise [frames, c, h, w], for runs that must repeat given draws.
-    ``on_gradients`` sees each step before its update; ``on_step`` is called after it, may raise to stop.
+    model's own; what learns is float32 always. ``budget``: bytes for activations and gradients, None for what
+    the device has free; ``level``: what every block keeps, instead of a plan from a budget. ``draw(step)``:
+    timestep and noise [frames, c, h, w], for runs that must repeat given draws. ``on_gradients`` sees each step
+    before its update; ``on_plan`` is told what blocks keep before the first one; ``on_step`` is called after
+    each, may raise to stop.
 
     Returns the motion (float32, without metadata) and the loss of every step. Raises ValueError for inputs
     that don't fit together, RuntimeError when the loss is no longer finite or no plan fits into memory.
     """
-    unet = host.unet_of(model)
+    host.check_model(model)
     if motion is not None:
         check_fits(motion, host.query_shapes(model), host.family(model))
     start = {} if motion is None else {key: value.float() for key, value in motion.tensors.items()}
 
     with host.training_unet(model, latents, conditioning, precision) as session:
         weights = _trainable_weights(session, settings, start)
-        frames, channels, height, width = session.latents.shape
-
-        def evaluate(frames: int, height: int, width: int) -> Tensor:
-            with session.prepared(inflation, weights.layers, weights.queries, frames):
-                return session.predict(session.latents.new_zeros(frames, channels, height, width), 0)
-
-        costs = memory.measure(unet, evaluate, frames, height, width)
+        frames = len(session.latents)
+        costs = _costs(session, weights, inflation)
         if budget is None:
-            # AdamW's two moments and the gradients are still to come.
-            optimizer_bytes = 3 * sum(p.nbytes for p in weights.trained.values())
-            budget = _SHARE_OF_FREE_MEMORY * (host.free_memory(session.device) - optimizer_bytes)
+            # AdamW's two moments are still to come.
+            optimizer_bytes = 2 * sum(p.nbytes for p in weights.trained.values())
+            budget = SHARE_OF_FREE_MEMORY * (host.free_memory(session.device) - optimizer_bytes)
+        plan = memory.make_plan(costs, budget) if level is None else memory.uniform_plan(costs, level)
+        if on_plan is not None:
+            on_plan(plan)
         with session.prepared(inflation, weights.layers, weights.queries, frames):
-            losses = _run(_Descent(session, weights.trained, settings, draw, on_gradients), costs, budget, on_step)
+            losses = _run(_Descent(session, weights.trained, settings, draw, on_gradients), costs, plan, on_step)
         return weights.motion(session), losses
+
+
+def costs_of(
+    model: Any,
+    latents: Tensor,
+    conditioning: Any,
+    settings: TuneSettings,
+    inflation: Inflation = INFLATED,
+    precision: torch.dtype | None = None,
+) -> tuple[dict[str, memory.UnitCost], int]:
+    """What each block would hold on to in a tuning step, and how many numbers learn. Arguments as ``one_shot_tune``."""
+    with host.training_unet(model, latents, conditioning, precision) as session:
+        weights = _trainable_weights(session, settings, {})
+        return _costs(session, weights, inflation), sum(p.numel() for p in weights.trained.values())
+
+
+def _costs(session: host.TrainingUNet, weights: _Weights, inflation: Inflation) -> dict[str, memory.UnitCost]:
+    frames, channels, height, width = session.latents.shape
+
+    def evaluate(frames: int, height: int, width: int) -> Tensor:
+        with session.prepared(inflation, weights.layers, weights.queries, frames):
+            return session.predict(session.latents.new_zeros(frames, channels, height, width), 0)
+
+    return memory.measure(session.unet, evaluate, frames, height, width, _gradient_bytes(weights.trained))
+
+
+def _gradient_bytes(trained: Mapping[str, torch.nn.Parameter]) -> dict[str, int]:
+    """Bytes of gradients by transformer block."""
+    found: dict[str, int] = {}
+    for key, parameter in trained.items():
+        block = key.partition(".attn")[0]
+        found[block] = found.get(block, 0) + parameter.nbytes
+    return found
 
 
 @dataclass(frozen=True)
@@ -227,12 +262,11 @@ class _Descent:
 def _run(
     descent: _Descent,
     costs: Mapping[str, memory.UnitCost],
-    budget: float,
+    plan: memory.Plan,
     on_step: Callable[[int], None] | None,
 ) -> list[float]:
-    """All steps, within a memory budget; a step that runs out of memory is repeated with half of it."""
+    """All steps; one that runs out of memory is repeated, like those behind it, with half of what was planned."""
     unet, steps = descent.session.unet, descent.settings.steps
-    plan = memory.make_plan(costs, budget)
     logging.info("Tune-A-Video: %s", plan)
     losses: list[Tensor] = []
     for step in range(steps):
@@ -241,17 +275,16 @@ def _run(
         noise = noise.to(descent.session.latents, copy=True)
         while True:
             try:
-                with swapped(memory.recomputing_forwards(unet, plan)):
+                with swapped(memory.planned_forwards(unet, plan)):
                     loss = descent.backward(timestep, noise)
                 break
             except torch.cuda.OutOfMemoryError as error:  # of any device
-                if not plan.kept:
+                if plan.smallest:
                     raise RuntimeError(
                         "Out of memory, although all activations are recomputed. "
                         "Use fewer frames or a smaller size, or set train_scope to middle and up."
                     ) from error
-            budget = min(budget, plan.bytes) / 2
-            plan = memory.make_plan(costs, budget)
+            plan = memory.make_plan(costs, plan.bytes / 2)
             descent.optimizer.zero_grad(set_to_none=True)
             host.release_cached_memory()
             logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", step + 1, plan)

@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tune_a_video.tav_core import host, memory
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.memory import UnitCost, make_plan, total_bytes
+from tune_a_video.tav_core.memory import LEVELS, Level, UnitCost, make_plan, peak, uniform_plan
 from tune_a_video.tav_core.trainable import TrainScope
 from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
 from tune_a_video.tav_core.weights import Motion
 from unets import UNETS, build_model
 
-COST = st.builds(lambda saved, share: UnitCost(saved, saved * share), st.floats(1, 1e9), st.floats(0, 1))
+COST = st.builds(
+    lambda saved, input, attended, gradients: UnitCost(saved, saved * input, saved * attended, gradients),
+    st.floats(1, 1e9),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.floats(0, 1e8),
+)
 COSTS = st.lists(COST, min_size=1, max_size=12).map(lambda costs: {str(i): cost for i, cost in enumerate(costs)})
 # How long an example takes says more about the machine than about the code.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,27 +45,70 @@ def tune(
 @given(COSTS, st.floats(0, 1e10))
 def test_a_plan_keeps_within_the_budget_what_can_be_kept(costs: dict[str, UnitCost], budget: float) -> None:
     plan = make_plan(costs, budget)
-    assert plan.kept | plan.recomputed == set(costs) and not plan.kept & plan.recomputed
-    assert plan.bytes == total_bytes(costs, plan.recomputed)
-    assert plan.bytes <= budget or not plan.kept
-    if plan.recomputed and plan.kept:
-        assert min(costs[p].saved - costs[p].input for p in plan.recomputed) >= max(
-            costs[p].saved - costs[p].input for p in plan.kept
-        )
+    assert set(plan.levels) == set(costs)
+    assert plan.bytes == peak(costs, plan.levels)
+    assert plan.bytes <= budget or plan.smallest
+    # The largest are given up first: a kept block is smaller than any that is recomputed.
+    given_up = [costs[path].saved for path, level in plan.levels.items() if level == "recompute"]
+    assert not given_up or min(given_up) >= max(
+        (costs[path].saved for path, level in plan.levels.items() if level != "recompute"), default=0
+    )
+
+
+@patient
+@given(COSTS, st.floats(0, 1e10), st.floats(1, 4))
+def test_a_larger_budget_never_gives_up_more(costs: dict[str, UnitCost], budget: float, more: float) -> None:
+    order = {level: rank for rank, level in enumerate(LEVELS)}
+    small, large = make_plan(costs, budget), make_plan(costs, budget * more)
+    assert all(order[large.levels[path]] <= order[small.levels[path]] for path in costs)
+
+
+@patient
+@given(COSTS)
+def test_levels_hold_less_the_more_they_recompute(costs: dict[str, UnitCost]) -> None:
+    for cost in costs.values():
+        small = UnitCost(cost.saved, min(cost.input, 0.5 * cost.saved), min(cost.attended, 0.5 * cost.saved))
+        assert small.held("recompute") <= small.held("selective") <= small.held("keep")
 
 
 def test_everything_is_kept_without_a_limit_and_nothing_without_a_budget() -> None:
-    costs = {"a": UnitCost(100, 10), "b": UnitCost(50, 10)}
-    assert not make_plan(costs, math.inf).recomputed
-    assert not make_plan(costs, 0).kept
+    costs = {"a": UnitCost(100, 10, 20), "b": UnitCost(50, 10)}
+    assert set(make_plan(costs, math.inf).levels.values()) == {"keep"}
+    assert make_plan(costs, 0).smallest
+    assert uniform_plan(costs, "selective").levels == {"a": "selective", "b": "keep"}
 
 
+def test_attention_is_what_is_kept_longest() -> None:
+    costs = {"residual": UnitCost(100, 10), "first": UnitCost(90, 10, 20), "last": UnitCost(80, 10, 20)}
+    kept = uniform_plan(costs, "keep").bytes
+    assert make_plan(costs, kept - 1).levels == {"residual": "keep", "first": "selective", "last": "keep"}
+
+
+def test_the_worst_moment_is_found_by_hand() -> None:
+    costs = {"first": UnitCost(100, 10, gradients=7), "last": UnitCost(60, 10, 20, gradients=5)}
+    # Between the units lies the larger of the two inputs.
+    between = 10
+    # Backward through "last": both are held, half of its own is in flight, and only its gradients come to be.
+    assert peak(costs, {"first": "keep", "last": "keep"}) == between + 100 + 60 + 0.5 * 60 + 5
+    # Both recomputed: at "first" its whole forward is there again, and the gradients of both are.
+    assert peak(costs, {"first": "recompute", "last": "recompute"}) == between + 10 + 90 + 0.5 * 100 + 12
+
+
+@pytest.mark.parametrize("level", ["selective", "recompute"])
 @pytest.mark.parametrize("scope", ["all", "middle and up"])
-def test_recomputing_learns_the_same(scope: TrainScope) -> None:
+def test_recomputing_learns_the_same(scope: TrainScope, level: Level) -> None:
     model = build_model(UNETS["tiny-sdxl"])
-    (kept, losses), (recomputed, again) = (tune(model, scope=scope, budget=budget) for budget in (math.inf, 0))
+    (kept, losses), (recomputed, again) = (tune(model, scope=scope, level=each) for each in ("keep", level))
     assert losses == again
     assert all(torch.equal(value, recomputed.tensors[key]) for key, value in kept.tensors.items())
+
+
+def test_at_the_selective_level_no_attention_runs_twice() -> None:
+    runs: dict[str, int] = {}
+    for level in LEVELS:
+        with memory._AttentionResults(lambda size, level=level: runs.update({level: runs.get(level, 0) + 1})):
+            tune(build_model(UNETS["tiny"]), level=level)
+    assert runs["selective"] == runs["keep"] < runs["recompute"]
 
 
 @pytest.mark.parametrize("scope", ["all", "middle and up"])
@@ -76,9 +125,9 @@ def test_saved_bytes_are_predicted_from_the_probes(scope: TrainScope, monkeypatc
     def spy_predict(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
         if len(noisy) != 5 or counted:
             return backward(self, noisy, timestep)
-        with memory._counting(self.unet) as (saved, _):
+        with memory._counting(self.unet) as found:
             out = backward(self, noisy, timestep)
-        counted.update(saved)
+        counted.update({path: unit.saved for path, unit in found.items()})
         return out
 
     monkeypatch.setattr(memory, "measure", spy_measure)

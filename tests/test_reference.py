@@ -8,7 +8,6 @@ run. Keys ending in ``_literal`` repeat a defect of the released code and are no
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation, TemporalLayer, transformer_blocks
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.memory import LEVELS, Level
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tune import TuneSettings, TuneStep, one_shot_tune
 from tune_a_video.tav_core.weights import Motion
@@ -243,8 +243,8 @@ def test_probes(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
         reference.check(f"probe.{name}", "probe.*", seen[name], theirs)
 
 
-@pytest.mark.parametrize("budget", [math.inf, 0], ids=["keep", "recompute"])
-def test_training(reference: Reference, variant: str, budget: float) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_training(reference: Reference, variant: str, level: Level) -> None:
     case = f"train.{variant}"
     recorded = reference.sidecar.get("training_results", {}).get(variant, {})
     prediction = "v" if "vpred" in variant or recorded.get("prediction_type", "").startswith("v") else "epsilon"
@@ -260,7 +260,7 @@ def test_training(reference: Reference, variant: str, budget: float) -> None:
             [[reference["context.source"], {}]],
             settings,
             motion=reference.motion(),
-            budget=budget,
+            level=level,
             draw=lambda step: (timesteps[step], frames_first(noise[step])),
             on_gradients=steps.append,
         )
