@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..tav_core import host, pictures
 from ..tav_core.attention import SPATIAL_MODES
 from ..tav_core.inflate import Inflation
+from ..tav_core.low_rank import SEED_KEY
 from ..tav_core.trainable import TRAIN_SCOPES
 from ..tav_core.tune import TuneSettings, one_shot_tune
 from ..tav_core.weights import Motion
@@ -214,13 +215,14 @@ class OneShotTune(io.ComfyNode):
             # Raises when the user cancels.
             bar.update_absolute(step + 1, steps)
 
+        started = motion or host.carried_motion(model)
         learnt, losses = one_shot_tune(
             host.deflated(model),
             samples,
             conditioning,
             settings,
             Inflation(inflation.attention, inflation.pool_group_norm),
-            motion or host.carried_motion(model),
+            started,
             PRECISIONS[precision],
             on_step=on_step,
         )
@@ -234,6 +236,7 @@ class OneShotTune(io.ComfyNode):
             "height": str(height * PIXELS_PER_LATENT),
             "steps": str(steps),
             "seed": str(seed),
+            SEED_KEY: (started.metadata.get(SEED_KEY, "") if started else "") or str(seed),
             "options": json.dumps(
                 {
                     "learning_rate": learning_rate,

@@ -7,6 +7,7 @@ model is its own again between calls, whatever happened in them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,17 +123,27 @@ def _query_dim(attn: Any) -> int:
 
 
 def initial_temporal(unet: torch.nn.Module, scope: Callable[[str], bool], seed: int) -> dict[str, Tensor]:
-    """Fresh temporal weights, float32, for the blocks whose path ``scope`` accepts.
+    """Fresh temporal weights, float32, for the blocks whose path ``scope`` accepts; see ``draw_temporal``."""
+    return draw_temporal(
+        {
+            path: (block.attn1.heads * block.attn1.dim_head, _query_dim(block.attn1))
+            for path, block in transformer_blocks(unet).items()
+            if scope(path)
+        },
+        seed,
+    )
+
+
+def draw_temporal(blocks: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Tensor]:
+    """Fresh temporal weights, float32, for blocks of (inner width, channels); a block's depend on its path alone.
 
     Projections are drawn as torch.nn.Linear draws them; ``to_out`` starts at zero, weight and bias, so that
     a freshly inflated model is the inflated plain model. (The released code leaves a random bias there.)
     """
-    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for path, block in transformer_blocks(unet).items():
-        if not scope(path):
-            continue
-        channels, inner = _query_dim(block.attn1), block.attn1.heads * block.attn1.dim_head
+    for path, (inner, channels) in blocks.items():
+        digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         for name in ("to_q", "to_k", "to_v"):
             bound = 1 / math.sqrt(channels)
             drawn = torch.rand((inner, channels), generator=generator) * (2 * bound) - bound

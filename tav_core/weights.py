@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FORMAT = "tune-a-video motion"
-FORMAT_VERSION = 1
+# Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
+FORMAT_VERSION = 2
 QUERY_SUFFIX = ".diff"
 TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
 TEMPORAL_LEAVES = (
@@ -65,7 +66,8 @@ class Motion:
 
 def save_motion(motion: Motion, path: Path) -> None:
     """Write a motion file under a temporary name beside ``path``, then rename: never a half-written file."""
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **motion.metadata}
+    version = FORMAT_VERSION if "rank" in motion.metadata else 1
+    metadata = {"format": FORMAT, "format_version": str(version), **motion.metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
     os.close(handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_every_input_and_output_has_a_tooltip() -> None:
     for node in listed:
         schema = node.define_schema()
         ids[schema.node_id] = node.__name__
-        assert schema.category == "Tune-A-Video" and schema.description
+        assert schema.category.split("/")[0] == "Tune-A-Video" and schema.description
         for socket in (*schema.inputs, *schema.outputs):
             assert socket.tooltip, f"{schema.node_id}: {getattr(socket, 'id', socket)}"
     # A contract with saved workflows.
@@ -100,6 +101,9 @@ def test_every_input_and_output_has_a_tooltip() -> None:
         "TAV_SaveVideo": "SaveVideo",
         "TAV_SaveMotion": "SaveMotion",
         "TAV_LoadMotion": "LoadMotion",
+        "TAV_EvaluateVideo": "EvaluateVideo",
+        "TAV_CompareVideos": "CompareVideos",
+        "TAV_LoadDemoModel": "LoadDemoModel",
     }
 
 
@@ -212,3 +216,21 @@ def test_several_prompts_cannot_be_tuned_on(nodes: Any) -> None:
     model = build_model(UNETS["tiny"])
     with pytest.raises(ValueError, match="^conditioning: it holds 2 prompts"):
         tuned(nodes, model, conditioning=conditioning(model) + conditioning(model, 2))
+
+
+def test_a_motion_saved_at_a_rank_comes_back_nearly_whole(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    tuned_model, motion, _ = tuned(nodes, model, steps=4, learning_rate=1e-3)
+    whole = nodes.load.execute(relative(nodes.save.execute(motion, "whole").args[0])).args[0]
+    assert all(torch.equal(whole.tensors[key], value) for key, value in motion.tensors.items())
+    small = nodes.load.execute(relative(nodes.save.execute(motion, "small", 32).args[0])).args[0]
+    assert small.tensors.keys() == motion.tensors.keys()
+    # The tiny model's matrices are 32 to 64 wide: at rank 32 most of any change is kept.
+    assert float(small.metadata["kept"]) > 0.7
+    assert "kept" not in motion.metadata and "rank" not in small.metadata
+
+
+def relative(path: str) -> str:
+    import folder_paths
+
+    return str(Path(path).relative_to(folder_paths.get_folder_paths("tav")[0]))

@@ -1,0 +1,87 @@
+"""Motions of low rank: what is kept, what a file weighs, that loading gives the motion back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.inflate import initial_temporal
+from tune_a_video.tav_core.low_rank import KEPT_KEY, SEED_KEY, compress, expand
+from tune_a_video.tav_core.weights import Motion, check_fits, load_motion, save_motion
+from unets import UNETS, build_model
+
+SEED = 3
+
+
+def tuned(rank: int) -> Motion:
+    """A motion of the tiny UNet in which every matrix was changed by one of the given rank."""
+    model = build_model(UNETS["tiny"])
+    generator = torch.Generator().manual_seed(1)
+
+    def change(rows: int, columns: int) -> torch.Tensor:
+        return 0.1 * torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+
+    tensors = initial_temporal(host.unet_of(model), lambda path: True, SEED)
+    tensors = {key: value + change(*value.shape) if value.ndim == 2 else value for key, value in tensors.items()}
+    for path, shape in host.query_shapes(model).items():
+        tensors[path.removesuffix(".weight") + ".diff"] = change(*shape)
+    return Motion(tensors, {SEED_KEY: str(SEED), "base_family": host.family(model)})
+
+
+def relative_error(one: Motion, other: Motion) -> float:
+    difference = sum(
+        float((one.tensors[key].float() - other.tensors[key].float()).square().sum()) for key in one.tensors
+    )
+    return (difference / sum(float(value.float().square().sum()) for value in one.tensors.values())) ** 0.5
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_what_is_of_that_rank_survives_a_file(rank: int, tmp_path: Path) -> None:
+    motion = tuned(rank)
+    save_motion(compress(motion, rank), tmp_path / "small.safetensors")
+    again = expand(load_motion(tmp_path / "small.safetensors"))
+    assert again.tensors.keys() == motion.tensors.keys()
+    assert again.metadata.items() >= motion.metadata.items()
+    assert relative_error(motion, again) < 2e-3
+    check_fits(again, host.query_shapes(build_model(UNETS["tiny"])), motion.metadata["base_family"])
+
+
+def test_a_lower_rank_keeps_less_and_says_how_much() -> None:
+    motion = tuned(16)
+    kept = [float(compress(motion, rank).metadata[KEPT_KEY]) for rank in (4, 8, 16)]
+    assert 0.2 < kept[0] < kept[1] < kept[2]
+    assert kept[2] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_file_gets_smaller(tmp_path: Path) -> None:
+    motion = tuned(8).to(torch.float16)
+    save_motion(motion, tmp_path / "whole.safetensors")
+    save_motion(compress(motion, 4), tmp_path / "small.safetensors")
+    whole, small = ((tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "small"))
+    assert small < 0.5 * whole
+
+
+def test_sd15_at_rank_32_takes_less_than_10_mb() -> None:
+    """Counted from the shapes; every transformer block has two query deltas and four temporal matrices."""
+    widths = [320] * 5 + [640] * 5 + [1280] * 6
+    numbers = sum(6 * 2 * width * 32 + 3 * width for width in widths)
+    assert numbers * 2 < 10e6
+
+
+def test_a_motion_without_its_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank: .*rank 0, or tune again"):
+        compress(Motion(tuned(4).tensors), 4)
+
+
+def test_a_file_without_one_of_the_factors_is_refused() -> None:
+    small = compress(tuned(4), 4)
+    lost = next(key for key in small.tensors if key.endswith(".down"))
+    with pytest.raises(ValueError, match="low-rank weights are incomplete"):
+        expand(Motion({key: value for key, value in small.tensors.items() if key != lost}, small.metadata))
+
+
+def test_a_whole_motion_is_left_as_it_is() -> None:
+    motion = tuned(4)
+    assert expand(motion) is motion
