@@ -19,31 +19,37 @@ SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 _MAX_FUSED_ROWS = 65535
 
 
-def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode) -> Tensor:
+def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode, first: Tensor | None = None) -> Tensor:
     """Lay the keys (or values) of the frames that each frame attends to side by side.
 
     "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where the previous
     frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The other modes are ablations.
 
     ``tokens``: [videos * frames * tiles, n, c]; returns [videos * frames * tiles, n * k, c] with
-    k = 2 for sparse-causal, 1 for first and per frame, ``frames`` for full attention.
+    k = 2 for sparse-causal, 1 for first and per frame, ``frames`` for full attention. ``first``: those of the
+    video's first frame [videos, 1, tiles, n, c], where the frames given are a window that does not hold it.
     """
     if mode == "per frame":
         return tokens
+    x = by_frame(tokens, frames, videos)
+    first = x[:, :1] if first is None else first
+    if mode == "sparse-causal":
+        previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+        x = torch.cat([first.expand_as(previous), previous], dim=3)
+    elif mode == "first frame only":
+        x = first.expand(-1, frames, -1, -1, -1)
+    else:
+        every = x.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, None]
+        x = every.expand(-1, frames, -1, -1, -1)
+    return x.reshape(len(tokens), -1, tokens.shape[-1])
+
+
+def by_frame(tokens: Tensor, frames: int, videos: int) -> Tensor:
+    """[videos * frames * tiles, n, c] -> [videos, frames, tiles, n, c] (a view). Raises ValueError if it can't be."""
     rows, n, c = tokens.shape
     if rows % (videos * frames):
         raise ValueError(f"{rows} attention rows are not a multiple of {videos} videos x {frames} frames")
-    tiles = rows // (videos * frames)
-    x = tokens.view(videos, frames, tiles, n, c)
-    first = x[:, :1]
-    if mode == "sparse-causal":
-        previous = torch.cat([first, x[:, :-1]], dim=1)
-        x = torch.cat([first.expand_as(previous), previous], dim=3)
-    elif mode == "first frame only":
-        x = first.expand_as(x)
-    else:
-        x = x.permute(0, 2, 1, 3, 4).reshape(videos, 1, tiles, frames * n, c).expand(-1, frames, -1, -1, -1)
-    return x.reshape(rows, -1, c)
+    return tokens.view(videos, frames, rows // (videos * frames), n, c)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -24,6 +24,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import inflate, trainable
 from .frozen import WeightAndBias
@@ -143,6 +144,23 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"{name}: it holds {embedding.shape[0]} text embeddings for {frames} frames. "
                 "Give one prompt for all frames, or one per frame."
             )
+    length = getattr(model.model_options.get("context_handler"), "context_length", frames)
+    if length < frames and any(_hints(options.get("control")) > 1 for _, options in conditioning):
+        raise ValueError(
+            f"{name}: it has a ControlNet with a hint for each frame, and the model looks at {length} of {frames} "
+            "frames at a time. ComfyUI would give each window the hints of the first. Use one hint for all frames, or "
+            "remove the context windows."
+        )
+
+
+def _hints(control: Any) -> int:
+    """The most hints of a ControlNet and those before it; 0 for none."""
+    most = 0
+    while control is not None:
+        hint = getattr(control, "cond_hint_original", None)
+        most = max(most, 0 if hint is None else hint.shape[0])
+        control = getattr(control, "previous_controlnet", None)
+    return most
 
 
 def model_scale(model: ModelPatcher) -> float:
@@ -240,8 +258,50 @@ def inflate_model(
     return model
 
 
+class _Windows:
+    """Keys and values of a long video's first frame, for context windows that do not hold it.
+
+    The host evaluates a long video window by window. Whenever a window holds frame 0, what the spatial attentions
+    see of it is kept, one frame's worth, and the windows after it attend to that in the place of their own first
+    frame. So ST-Attn has its anchor at no cost. A window that comes before any that holds frame 0 (looped
+    schedules) sees that of the step before, or its own first frame.
+    """
+
+    def __init__(self) -> None:
+        # By the run's sigmas, which live as long as the run.
+        self._runs: Any = WeakIdKeyDictionary()
+
+    def first_frame(self, layout: Layout, transformer_options: Mapping[str, Any]) -> inflate.FirstFrame | None:
+        """What ``inflated_forwards`` wants for one call; None for a video in one piece."""
+        window, sigmas = transformer_options.get("context_window"), transformer_options.get("sample_sigmas")
+        indices = getattr(window, "index_list", None)
+        if indices is None or sigmas is None:
+            return None
+        kept: dict[Any, Tensor] = self._runs.setdefault(sigmas, {})
+        # A prompt's own identity: several may share one number in cond_or_uncond.
+        conds = transformer_options.get("uuids") or transformer_options.get("cond_or_uncond") or [0]
+        # Newer hosts put the frame before a window in front of it, so that the first has its previous one.
+        ahead = layout.frames - len(indices)
+        at = indices.index(0) + ahead if 0 in indices else None
+
+        def first_frame(path: str, name: str, tokens: Tensor) -> Tensor | None:
+            if at is not None:
+                first = tokens[:, at : at + 1]
+                for cond, one in zip(conds, first, strict=True):
+                    kept[path, name, cond] = one.clone()
+                return first
+            found = [kept.get((path, name, cond)) for cond in conds]
+            if any(one is None or one.shape[1:] != tokens.shape[2:] for one in found):
+                return None
+            return torch.stack([one for one in found if one is not None])
+
+        return first_frame
+
+
 def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
     """Have every evaluation of the model run inflated."""
+
+    windows = _Windows()
 
     def swaps(base_model: torch.nn.Module, rows: int, transformer_options: Mapping[str, Any]) -> Any:
         unet = base_model.diffusion_model
@@ -249,7 +309,8 @@ def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, Tempor
         videos = len(transformer_options.get("cond_or_uncond", ())) or 1
         layout = Layout(frames=rows // videos, videos=videos)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
-        forwards = inflate.inflated_forwards(unet, inflation, layers, layout, _HostBackend())  # type: ignore[arg-type]
+        first = windows.first_frame(layout, transformer_options)
+        forwards = inflate.inflated_forwards(unet, inflation, layers, layout, _HostBackend(), first)  # type: ignore[arg-type]
         return inflate.swapped(forwards)
 
     if hasattr(model, "add_wrapper_with_key"):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention import SpatialMode, gather_frames, temporal_attend
+from .attention import SpatialMode, by_frame, gather_frames, temporal_attend
 from .norm import pooled_group_norm
 
 
@@ -192,16 +192,27 @@ def temporal_layers(root: torch.nn.Module) -> dict[str, TemporalLayer]:
 
 Forward = Callable[..., Tensor]
 
+# Of a spatial attention's path, "k" or "v", and those tokens [videos, frames, tiles, n, c] of the frames at hand: those
+# of the video's first frame [videos, 1, tiles, n, c], where it is not the first of them.
+FirstFrame = Callable[[str, str, Tensor], Tensor | None]
 
-def _spatial_attention(attn: Any, mode: SpatialMode, layout: Layout, backend: Backend) -> Forward:
+
+def _spatial_attention(
+    path: str, attn: Any, mode: SpatialMode, layout: Layout, backend: Backend, first_frame: FirstFrame | None
+) -> Forward:
+    def gather(name: str, tokens: Tensor) -> Tensor:
+        first = None
+        if first_frame is not None:
+            first = first_frame(path, name, by_frame(tokens, layout.frames, layout.videos))
+        return gather_frames(tokens, layout.frames, layout.videos, mode, first)
+
     def forward(
         x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Any = None, **options: Any
     ) -> Tensor:
         context = x if context is None else context
         value = context if value is None else value
         # Project first, gather after: each frame's keys are computed once, not once per frame that looks.
-        k = gather_frames(attn.to_k(context), layout.frames, layout.videos, mode)
-        v = gather_frames(attn.to_v(value), layout.frames, layout.videos, mode)
+        k, v = gather("k", attn.to_k(context)), gather("v", attn.to_v(value))
         out = backend.attend(attn.to_q(x), k, v, attn.heads, attn_precision=attn.attn_precision, **options)
         return attn.to_out(out)
 
@@ -235,13 +246,18 @@ def inflated_forwards(
     layers: Mapping[str, TemporalLayer],
     layout: Layout,
     backend: Backend,
+    first_frame: FirstFrame | None = None,
 ) -> list[tuple[torch.nn.Module, Forward]]:
-    """Which modules of ``unet`` get which forward. ``layers``: temporal layers by block path."""
+    """Which modules of ``unet`` get which forward. ``layers``: temporal layers by block path.
+
+    ``first_frame``: where the frames are a window of a longer video.
+    """
     swaps: list[tuple[torch.nn.Module, Forward]] = []
     for path, block in transformer_blocks(unet).items():
         # Some upscalers have cross-attention in attn1's place; there are no frames to look at in a text.
         if inflation.attention != "per frame" and not block.disable_self_attn:
-            swaps.append((block.attn1, _spatial_attention(block.attn1, inflation.attention, layout, backend)))
+            forward = _spatial_attention(path, block.attn1, inflation.attention, layout, backend, first_frame)
+            swaps.append((block.attn1, forward))
         if path in layers and inflation.temporal_strength != 0:
             forward = _with_temporal(block.forward, layers[path], inflation.temporal_strength, layout)
             swaps.append((block, forward))

@@ -1,0 +1,49 @@
+"""The method edits: the shortened ablation, one clip and one edit with the demo's model.
+
+Fails if the full method stops beating any of its ablations, whatever the reason: the model, the method, the host.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "demo"), str(ROOT / "bench")]
+
+import ablation  # noqa: E402
+import clips  # noqa: E402
+import sprites  # noqa: E402
+import study  # noqa: E402
+import tiny_sd  # noqa: E402
+
+CLIP = next(clip for clip in clips.CLIPS if clip.name == ablation.PICTURED)
+KIND = "background"
+
+Measured = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    """Figures by method."""
+    edit = next(edit for edit in clips.edits(CLIP) if edit.kind == KIND)
+    with torch.inference_mode():
+        videos = study.edited_videos(
+            tiny_sd.load(), CLIP, [edit], study.METHODS, study.Settings(), 0, lambda name: None
+        )
+        embed = tiny_sd.embedder()
+        return {method: study.measure(CLIP.images(), made[KIND], edit, embed) for method, made in videos.items()}
+
+
+def test_the_full_method_makes_the_edit_and_keeps_the_motion(measured: Measured) -> None:
+    full = measured["full method"]
+    assert full["attributes"] >= 0.8
+    assert full["trajectory"] <= 0.1 * sprites.SIZE
+
+
+def test_without_inversion_the_motion_is_lost(measured: Measured) -> None:
+    assert measured["without inversion"]["trajectory"] > 2 * measured["full method"]["trajectory"]
+    assert measured["without inversion"]["motion alignment"] < measured["full method"]["motion alignment"]
