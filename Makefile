@@ -1,4 +1,4 @@
-# make demo    run the main job on a small built-in clip; results in demo-output/
+# make demo    run the main job on a drawn clip with the tiny model; results in demo-output/
 # make test    lint, types and all tests
 # make host    only the tests that boot a real ComfyUI
 #
@@ -25,4 +25,4 @@ env:
 	@$(PYTHON) tools/setup_env.py --engine $(ENGINE)
 
 clean:
-	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output demo-training ablation-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
