@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -21,6 +23,8 @@ from .types import CATEGORY, MotionType
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
+# Below the output folder: the host empties its temp folder when it starts.
+UNFINISHED = ".tune-a-video"
 
 
 class InflateUNet(io.ComfyNode):
@@ -223,6 +227,7 @@ class OneShotTune(io.ComfyNode):
             motion or host.carried_motion(model),
             PRECISIONS[precision],
             on_step=on_step,
+            checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
         )
         height, width = samples.shape[-2:]
         metadata = {
@@ -232,7 +237,7 @@ class OneShotTune(io.ComfyNode):
             "frame_count": str(len(samples)),
             "width": str(width * PIXELS_PER_LATENT),
             "height": str(height * PIXELS_PER_LATENT),
-            "steps": str(steps),
+            "steps": str(len(losses)),
             "seed": str(seed),
             "options": json.dumps(
                 {
