@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -22,6 +24,8 @@ from .types import CATEGORY, MotionType
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
+# Below the output folder: the host empties its temp folder when it starts.
+UNFINISHED = ".tune-a-video"
 
 
 class InflateUNet(io.ComfyNode):
@@ -225,6 +229,7 @@ class OneShotTune(io.ComfyNode):
             started,
             PRECISIONS[precision],
             on_step=on_step,
+            checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
         )
         height, width = samples.shape[-2:]
         metadata = {
@@ -234,7 +239,7 @@ class OneShotTune(io.ComfyNode):
             "frame_count": str(len(samples)),
             "width": str(width * PIXELS_PER_LATENT),
             "height": str(height * PIXELS_PER_LATENT),
-            "steps": str(steps),
+            "steps": str(len(losses)),
             "seed": str(seed),
             SEED_KEY: (started.metadata.get(SEED_KEY, "") if started else "") or str(seed),
             "options": json.dumps(

@@ -397,6 +397,22 @@ class TrainingUNet:
         weight, _ = fetch(self.unet.get_submodule(path), torch.empty(0, device=self.device))
         return weight.detach().clone()
 
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a prediction is made from: latents, conditioning, sigmas and every layer's weight and bias.
+
+        Weights as the model uses them (LoRAs applied), in the dtype that they are kept in.
+        """
+        yield from (("latents", self.latents), ("sigmas", self.sigmas), ("context", self.context))
+        yield from sorted(self.extra.items())
+        if self.concat is not None:
+            yield "concat", self.concat
+        for path, module in self.unet.named_modules():
+            if isinstance(getattr(module, "weight", None), Tensor):
+                weight, bias = fetch(module, torch.empty(0, device=self.device))
+                yield f"{path}.weight", weight.to(module.weight.dtype)
+                if bias is not None:
+                    yield f"{path}.bias", bias.to(module.weight.dtype)
+
     @contextmanager
     def prepared(
         self,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import host, memory
+from . import host, memory, resume
 from .inflate import (
     Inflation,
     TemporalLayer,
@@ -25,12 +26,17 @@ from .schedule import add_noise, alphas_cumprod, training_target
 from .trainable import CastingOperations, TrainScope, in_scope
 from .weights import QUERY_SUFFIX, Motion, check_fits
 
-# How often the loss is read back: often enough to stop early on a NaN, seldom enough not to stall a GPU.
-_LOSS_CHECK_INTERVAL = 10
+# After so many steps whose loss or gradient is not finite, one after the other, a run is over.
+_PATIENCE = 5
+# A GradScaler starts at 2**16 and halves with each overflow: only from here on is it not its business any more.
+_SCALER_HALVINGS = 16
+# How often the host looks at how steps went: often enough to stop early, seldom enough not to stall a GPU.
+_CHECK_INTERVAL = 5
 
 # The rest is for what the allocator cannot use and for what other programs on the device do meanwhile.
 SHARE_OF_FREE_MEMORY = 0.8
 
+_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 INFLATED = Inflation()
 
@@ -68,7 +74,11 @@ Draw = Callable[[int], tuple[int, Tensor]]
 
 def seeded_draw(latents: Tensor, train_steps: int, seed: int) -> Draw:
     """A timestep, uniform over all training timesteps, and noise like ``latents``; the same on any device."""
-    generator = torch.Generator().manual_seed(seed)
+    return random_draw(latents, train_steps, torch.Generator().manual_seed(seed))
+
+
+def random_draw(latents: Tensor, train_steps: int, generator: torch.Generator) -> Draw:
+    """``seeded_draw`` from a generator of the caller's, on the CPU."""
 
     def draw(step: int) -> tuple[int, Tensor]:
         timestep = int(torch.randint(train_steps, (1,), generator=generator))
@@ -91,6 +101,8 @@ def one_shot_tune(
     on_gradients: Callable[[TuneStep], None] | None = None,
     on_plan: Callable[[memory.Plan], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_interval: float = 60.0,
 ) -> tuple[Motion, list[float]]:
     """Tune query projections and temporal layers on one clip.
 
@@ -102,9 +114,13 @@ def one_shot_tune(
     timestep and noise [frames, c, h, w], for runs that must repeat given draws. ``on_gradients`` sees each step
     before its update; ``on_plan`` is told what blocks keep before the first one; ``on_step`` is called after
     each, may raise to stop.
+    ``checkpoints``: a folder to keep the run's state in, every ``checkpoint_interval`` seconds and when it is
+    stopped: a run with the same inputs (and the same ``draw``) goes on from there, to the same weights, and a
+    finished one gives its result again without tuning.
 
-    Returns the motion (float32, without metadata) and the loss of every step. Raises ValueError for inputs
-    that don't fit together, RuntimeError when the loss is no longer finite or no plan fits into memory.
+    A step whose loss or gradient is not finite changes nothing; several in a row end the run. Returns the
+    motion (float32, without metadata) and the loss of every step until then. Raises ValueError for inputs that
+    don't fit together, RuntimeError when no step went well or no plan fits into memory.
     """
     host.check_model(model)
     if motion is not None:
@@ -113,6 +129,13 @@ def one_shot_tune(
 
     with host.training_unet(model, latents, conditioning, precision) as session:
         weights = _trainable_weights(session, settings, start)
+        descent = _Descent(session, weights.trained, settings, draw, on_gradients)
+        checkpoint = None
+        if checkpoints is not None:
+            run = resume.fingerprint(_decisive(session, settings, inflation), _all_values(session, start))
+            checkpoint = resume.Checkpoint(checkpoints, run, checkpoint_interval)
+            checkpoint.tidy()
+            descent.go_on(checkpoint.read())
         frames = len(session.latents)
         costs = _costs(session, weights, inflation)
         if budget is None:
@@ -123,8 +146,19 @@ def one_shot_tune(
         if on_plan is not None:
             on_plan(plan)
         with session.prepared(inflation, weights.layers, weights.queries, frames):
-            losses = _run(_Descent(session, weights.trained, settings, draw, on_gradients), costs, plan, on_step)
-        return weights.motion(session), losses
+            _run(descent, costs, plan, on_step, checkpoint)
+        return weights.motion(session), descent.history[0].tolist()
+
+
+def _decisive(session: host.TrainingUNet, settings: TuneSettings, inflation: Inflation) -> dict[str, Any]:
+    """What decides a run's result, beside tensors; PyTorch's version since its kernels do, too."""
+    compute = [str(session.dtype), session.device.type, session.prediction, torch.__version__]
+    return {"settings": asdict(settings), "inflation": asdict(inflation), "compute": compute}
+
+
+def _all_values(session: host.TrainingUNet, start: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from session.values()
+    yield from sorted(start.items())
 
 
 def costs_of(
@@ -225,7 +259,8 @@ class _Descent:
     ) -> None:
         self.session, self.trained, self.settings, self.on_gradients = session, trained, settings, on_gradients
         self.alpha_bars = alphas_cumprod(session.sigmas).tolist()
-        self.draw = draw or seeded_draw(session.latents, len(self.alpha_bars), settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.draw = draw or random_draw(session.latents, len(self.alpha_bars), self.generator)
         self.parameters = list(trained.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -234,6 +269,21 @@ class _Descent:
             self.optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1))
         )
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
+        # Per step, on the device: its loss, and whether it was left out.
+        self.losses: list[Tensor] = []
+        self.skipped: list[Tensor] = []
+        # Of the generator before the step that comes next; None within an update, when nothing goes together.
+        self.random_state: Tensor | None = self.generator.get_state()
+
+    @property
+    def done(self) -> int:
+        """Steps behind it."""
+        return len(self.losses)
+
+    @property
+    def history(self) -> Tensor:
+        """Loss of each step, and 1.0 where it was left out, [2, steps], float32."""
+        return torch.stack([torch.stack(self.losses), torch.stack(self.skipped)]) if self.losses else torch.zeros(2, 0)
 
     def backward(self, timestep: int, noise: Tensor) -> Tensor:
         """The loss at a timestep with noise [frames, c, h, w]; leaves its gradients in the parameters."""
@@ -245,18 +295,72 @@ class _Descent:
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def update(self, step: int, timestep: int, loss: Tensor) -> None:
-        """Clip the gradients and apply them."""
+    def update(self, timestep: int, loss: Tensor) -> None:
+        """Clip the gradients and apply them, unless they or the loss are not finite."""
+        self.random_state = None
         self.scaler.unscale_(self.optimizer)
         gradients: dict[str, Tensor] = {}
         if self.on_gradients is not None:
             gradients = {key: p.grad.clone() for key, p in self.trained.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip or math.inf)
         if self.on_gradients is not None:
-            self.on_gradients(TuneStep(step, timestep, loss, norm, gradients))
-        self.scaler.step(self.optimizer)
+            self.on_gradients(TuneStep(self.done, timestep, loss, norm, gradients))
+        skip = (~(norm.isfinite() & loss.isfinite())).float()
+        # Decided on the device, as a GradScaler does it, since asking would wait for it. Not so on Apple's, whose
+        # fused AdamW does not look.
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        if skip.device.type != "mps" or not skip:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
+        self.losses.append(loss)
+        self.skipped.append(skip)
+        self.random_state = self.generator.get_state()
+
+    def state(self) -> resume.State:
+        """All that the steps to come depend on; of a finished run, its result alone."""
+        tensors = {"history": self.history}
+        tensors |= {f"weight.{key}": parameter.detach() for key, parameter in self.trained.items()}
+        if self.done < self.settings.steps:
+            assert self.random_state is not None
+            tensors["random_state"] = self.random_state
+            for key, parameter in self.trained.items():
+                tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
+        return resume.State(tensors, {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()})
+
+    def go_on(self, state: resume.State | None) -> None:
+        """Go on from what ``state`` returned in a run like this one."""
+        if state is None:
+            return
+        tensors = state.tensors
+        with torch.no_grad():
+            for key, parameter in self.trained.items():
+                parameter.copy_(tensors[f"weight.{key}"])
+        losses, skipped = tensors["history"].to(self.session.device)
+        self.losses, self.skipped = list(losses.unbind()), list(skipped.unbind())
+        logging.info("Tune-A-Video: an earlier run with the same inputs goes on after step %d", self.done)
+        if self.done == self.settings.steps:
+            return
+        moments = {
+            number: {name: tensors[f"{name}.{key}"] for name in _ADAMW_STATE if f"{name}.{key}" in tensors}
+            for number, key in enumerate(self.trained)
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.schedule.load_state_dict(dict(state.values["schedule"]))
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(state.values["scaler"])
+        self.generator.set_state(tensors["random_state"])
+        self.random_state = tensors["random_state"]
+
+    def is_hopeless(self) -> bool:
+        """Log which of the latest steps were left out; whether so many were that the run is over. Waits."""
+        patience = _PATIENCE + (_SCALER_HALVINGS if self.scaler.is_enabled() else 0)
+        recent = torch.stack(self.skipped[-patience:]).tolist()
+        left_out = [self.done + i + 1 for i in range(-min(_CHECK_INTERVAL, len(recent)), 0) if recent[i]]
+        if left_out:
+            logging.warning("Tune-A-Video: left out, loss or gradient is not finite: steps %s", left_out)
+        return len(recent) == patience and all(recent)
 
 
 def _run(
@@ -264,42 +368,73 @@ def _run(
     costs: Mapping[str, memory.UnitCost],
     plan: memory.Plan,
     on_step: Callable[[int], None] | None,
-) -> list[float]:
-    """All steps; one that runs out of memory is repeated, like those behind it, with half of what was planned."""
+    checkpoint: resume.Checkpoint | None,
+) -> None:
+    """The steps that are left, until done or hopeless; the state goes to ``checkpoint``."""
     unet, steps = descent.session.unet, descent.settings.steps
     logging.info("Tune-A-Video: %s", plan)
-    losses: list[Tensor] = []
-    for step in range(steps):
-        timestep, noise = descent.draw(step)
-        # A copy, because a draw made in inference mode cannot be part of a differentiated target.
-        noise = noise.to(descent.session.latents, copy=True)
-        while True:
-            try:
-                with swapped(memory.planned_forwards(unet, plan)):
-                    loss = descent.backward(timestep, noise)
-                break
-            except torch.cuda.OutOfMemoryError as error:  # of any device
-                if plan.smallest:
-                    raise RuntimeError(
-                        "Out of memory, although all activations are recomputed. "
-                        "Use fewer frames or a smaller size, or set train_scope to middle and up."
-                    ) from error
-            plan = memory.make_plan(costs, plan.bytes / 2)
-            descent.optimizer.zero_grad(set_to_none=True)
-            host.release_cached_memory()
-            logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", step + 1, plan)
-        descent.update(step, timestep, loss)
-        losses.append(loss)
-        if step % _LOSS_CHECK_INTERVAL == _LOSS_CHECK_INTERVAL - 1 or step == steps - 1:
-            _check_finite(losses[-_LOSS_CHECK_INTERVAL:], step)
-        if on_step is not None:
-            on_step(step)
-    return torch.stack(losses).tolist() if losses else []
+    hopeless = False
+    try:
+        while descent.done < steps and not hopeless:
+            plan = _step(descent, unet, costs, plan)
+            if descent.done % _CHECK_INTERVAL == 0:
+                hopeless = descent.is_hopeless()
+            if checkpoint is not None and checkpoint.due():
+                checkpoint.write(descent.state())
+            if on_step is not None:
+                on_step(descent.done - 1)
+    except BaseException:
+        # Within an update, weights and moments are of different steps: then what was written last stands.
+        if checkpoint is not None and descent.done and descent.random_state is not None:
+            checkpoint.write(descent.state())
+        raise
+    if checkpoint is not None and hopeless:
+        checkpoint.remove()
+    elif checkpoint is not None:
+        checkpoint.write(descent.state())
+    _judge(descent, hopeless)
 
 
-def _check_finite(recent: list[Tensor], step: int) -> None:
-    if not torch.isfinite(torch.stack(recent)).all():
+def _step(
+    descent: _Descent, unet: torch.nn.Module, costs: Mapping[str, memory.UnitCost], plan: memory.Plan
+) -> memory.Plan:
+    """One step; repeated with half of what was planned if it runs out of memory. Returns the plan that it took."""
+    timestep, noise = descent.draw(descent.done)
+    # A copy, because a draw made in inference mode cannot be part of a differentiated target.
+    noise = noise.to(descent.session.latents, copy=True)
+    while True:
+        try:
+            with swapped(memory.planned_forwards(unet, plan)):
+                loss = descent.backward(timestep, noise)
+            break
+        except torch.cuda.OutOfMemoryError as error:  # of any device
+            if plan.smallest:
+                raise RuntimeError(
+                    "Out of memory, although all activations are recomputed. "
+                    "Use fewer frames or a smaller size, or set train_scope to middle and up."
+                ) from error
+        plan = memory.make_plan(costs, plan.bytes / 2)
+        descent.optimizer.zero_grad(set_to_none=True)
+        host.release_cached_memory()
+        logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", descent.done + 1, plan)
+    descent.update(timestep, loss)
+    return plan
+
+
+def _judge(descent: _Descent, hopeless: bool) -> None:
+    """Refuse a run in which no step went well; tell of one that ended early."""
+    losses, skipped = descent.history.tolist()
+    learnt = max((number for number, left_out in enumerate(skipped, 1) if not left_out), default=0)
+    # A few steps in fp16 may all go into finding the scale of the gradients: nothing is wrong with them.
+    searching = descent.scaler.is_enabled() and all(map(math.isfinite, losses)) and not hopeless
+    if losses and not learnt and not searching:
         raise RuntimeError(
-            f"The loss stopped being a finite number around step {step + 1}. "
+            "The loss stopped being a finite number around step 1. "
             "Lower learning_rate, or set precision to fp32 or bf16."
+        )
+    if hopeless:
+        logging.warning(
+            "Tune-A-Video: loss or gradient is not finite after step %d; tuning ends, and the weights of that step "
+            "are kept. Lower learning_rate, or set precision to fp32 or bf16.",
+            learnt,
         )

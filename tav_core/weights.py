@@ -65,20 +65,36 @@ class Motion:
 
 
 def save_motion(motion: Motion, path: Path) -> None:
-    """Write a motion file under a temporary name beside ``path``, then rename: never a half-written file."""
+    """Write a motion file; see ``write_safetensors``."""
     version = FORMAT_VERSION if "rank" in motion.metadata else 1
     metadata = {"format": FORMAT, "format_version": str(version), **motion.metadata}
+    write_safetensors(motion.tensors, metadata, path)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write a file under a temporary name beside ``path``, then rename: never half a file, nor after a power cut.
+
+    ``tensors``: on the CPU, contiguous. Raises OSError or SafetensorError if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
     os.close(handle)
     try:
-        safetensors.torch.save_file(dict(motion.tensors), temporary, metadata=metadata)
+        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
         # mkstemp makes the file private to its owner; a model file is for whoever may read its folder.
         os.chmod(temporary, 0o666 & ~_umask())
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is written through
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _umask() -> int:

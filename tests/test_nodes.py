@@ -126,6 +126,36 @@ def test_tuning_gives_a_model_that_is_what_its_motion_gives(nodes: Any) -> None:
     assert curve.ndim == 4 and curve.shape[-1] == 3 and 0 <= float(curve.min()) < float(curve.max()) <= 1
 
 
+def test_a_cancelled_tuning_goes_on_when_it_is_queued_again(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.utils
+    import folder_paths
+
+    model = build_model(UNETS["tiny"])
+    reported: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            reported.clear()
+
+        def update_absolute(self, value: int, total: int) -> None:
+            reported.append(value)
+            if cancel and value == 2:
+                raise InterruptedError
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    cancel = True
+    with pytest.raises(InterruptedError):
+        tuned(nodes, model, steps=4, seed=77)
+    cancel = False
+    _, motion, _ = tuned(nodes, model, steps=4, seed=77)
+    assert reported == [3, 4]
+    for path in Path(folder_paths.get_output_directory(), ".tune-a-video").iterdir():
+        path.unlink()
+    _, undisturbed, _ = tuned(nodes, model, steps=4, seed=77)
+    assert reported == [1, 2, 3, 4]
+    assert all(torch.equal(value, undisturbed.tensors[key]) for key, value in motion.tensors.items())
+
+
 def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
     _, motion, _ = tuned(nodes, build_model(UNETS["tiny-v"], prediction="v"), train_scope="middle and up")
     expected = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune, seeded_draw
+from tune_a_video.tav_core.tune import Draw, TuneSettings, one_shot_tune, seeded_draw
 from tune_a_video.tav_core.weights import Motion
 from unets import UNETS, build_model
 
@@ -124,9 +126,58 @@ def test_cancelling_leaves_the_model_as_it_was(stop_at: int) -> None:
     assert all(value.is_inference() for value in after.values()), "the host's own tensors were replaced"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+def draws(bad: Callable[[int], bool]) -> Draw:
+    """The usual draws in a row, and one that no loss survives where ``bad(step)``."""
+    usual = seeded_draw(clip(), 1000, 5)
+    return lambda step: (500, torch.full((3, 4, 8, 8), float("nan"))) if bad(step) else usual(step)
+
+
+@pytest.mark.parametrize(("steps", "precision"), [(1, None), (4, torch.bfloat16), (20, None), (60, torch.float16)])
+def test_a_loss_that_was_never_finite_is_an_error(steps: int, precision: torch.dtype | None) -> None:
+    seen: list[int] = []
     with pytest.raises(RuntimeError, match="stopped being a finite number.*Lower learning_rate"):
-        tune(build_model(UNETS["tiny"]), 20, draw=lambda step: (500, torch.full((3, 4, 8, 8), float("nan"))))
+        tune(build_model(UNETS["tiny"]), steps, draw=draws(lambda _: True), precision=precision, on_step=seen.append)
+    assert len(seen) <= 25
+
+
+def test_a_step_without_a_finite_loss_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_model(UNETS["tiny"])
+    expected, losses = tune(model, 4, draw=draws(lambda _: False))
+    motion, with_gaps = tune(model, 6, draw=draws(lambda step: step in (0, 3)))
+    assert [loss for loss in with_gaps if loss == loss] == losses
+    assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
+    assert "steps [1, 4]" in caplog.text
+
+
+def test_many_steps_without_a_finite_loss_end_the_run_with_the_last_good_weights(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = build_model(UNETS["tiny"])
+    expected, _ = tune(model, 3, draw=draws(lambda _: False))
+    motion, losses = tune(model, 100, draw=draws(lambda step: step >= 3), checkpoints=tmp_path)
+    assert len(losses) == 10
+    assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
+    assert "not finite after step 3; tuning ends" in caplog.text
+    assert not list(tmp_path.iterdir()), "it would be gone on with"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss may still be finite then."""
+    model = build_model(UNETS["tiny"])
+    expected, _ = tune(model, 2)
+    clip_gradients, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def overflow(parameters: list[Tensor], limit: float) -> Tensor:
+        calls.append(limit)
+        if len(calls) == 3:
+            assert parameters[0].grad is not None
+            parameters[0].grad[0] = float("inf")
+        return clip_gradients(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    motion, losses = tune(model, 3)
+    assert torch.isfinite(torch.tensor(losses)).all() and len(calls) == 3
+    assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
 
 
 def test_a_motion_of_another_model_is_refused() -> None:

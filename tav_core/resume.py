@@ -1,0 +1,117 @@
+"""The state of a tuning run on disk, so that a run that was cut off goes on where it was.
+
+A run is known by a fingerprint of all that decides its result, which is also its file's name: another run
+never reads it. The files are safetensors with JSON in their metadata; they appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .weights import write_safetensors
+
+FORMAT = "tune-a-video run 1"
+# Runs that nobody went on with go after this many seconds, and the oldest when there are more than so many.
+KEPT_FOR = 3 * 24 * 3600.0
+KEPT_RUNS = 3
+# At most this share of the time is spent on writing.
+_SHARE_OF_TIME = 0.05
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs to go on: tensors by name, and values that JSON gives back as they were."""
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+def fingerprint(values: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, in hex, of JSON values and of tensors: names, dtypes, shapes and every byte, on any device."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in tensors:
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {data.dtype} {list(data.shape)}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """The file of one run in ``folder``.
+
+    Written every ``interval`` seconds, or more seldom if writing is slow; 0 = after every step, however slow.
+    No method raises for a file or a disk that fails: the run goes on without, and the log says so.
+    """
+
+    def __init__(self, folder: Path, run: str, interval: float) -> None:
+        self.path = folder / f"{run}.safetensors"
+        self._run, self._interval = run, interval
+        self._due = time.monotonic() + interval
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() >= self._due
+
+    def write(self, state: State) -> None:
+        """Put ``state`` in the place of what was written before."""
+        began = time.monotonic()
+        try:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+            metadata = {
+                "format": FORMAT,
+                "run": self._run,
+                "values": json.dumps(state.values),
+                "sha256": fingerprint(state.values, sorted(tensors.items())),
+            }
+            write_safetensors(tensors, metadata, self.path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            logging.warning("Tune-A-Video: the run's state cannot be written to %s (%s)", self.path, error)
+        now = time.monotonic()
+        self._due = now + (max(self._interval, (now - began) / _SHARE_OF_TIME) if self._interval else 0.0)
+
+    def read(self) -> State | None:
+        """What was written last; None if there is nothing, or nothing that can be trusted."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            values = json.loads(metadata["values"])
+            ours = {"format": FORMAT, "run": self._run, "sha256": fingerprint(values, sorted(tensors.items()))}
+            wrong = next((key for key, value in ours.items() if metadata[key] != value), None)
+            if wrong is not None:
+                raise ValueError(f"its {wrong} is another")
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            logging.warning("Tune-A-Video: %s is damaged (%s); tuning starts from the beginning", self.path, error)
+            return None
+        return State(tensors, values)
+
+    def remove(self) -> None:
+        """Forget the run."""
+        self.path.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove runs that are too old or too many, and what writers that were killed left of this one."""
+        try:
+            for partial in self.path.parent.glob(f".{self._run}*.part"):
+                partial.unlink(missing_ok=True)
+            files = [path for path in self.path.parent.glob("*") if path.suffix in (".safetensors", ".part")]
+            newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+            for place, path in enumerate(newest):
+                old = time.time() - path.stat().st_mtime > KEPT_FOR
+                if path != self.path and (old or place >= KEPT_RUNS):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            logging.warning("Tune-A-Video: %s cannot be tidied (%s)", self.path.parent, error)

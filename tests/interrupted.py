@@ -1,0 +1,151 @@
+"""Tuning runs that are killed or cancelled at random moments, and the weights they end with.
+
+`python tests/interrupted.py --kills 200 --cancels 200 --seed 0` prints a line for each kind and exits with 0 if
+every run ended with the weights of an undisturbed one and no partial file was ever to be seen. On the CPU, in
+float32, on a tiny UNet. Needs os.fork: Linux or macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# A forked process cannot use an accelerator that its parent has looked at.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import engine  # noqa: E402
+
+STEPS = 12
+# Seconds after a run's start within which it is killed: somewhat longer than it takes.
+LONGEST = 1.5
+
+
+def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
+    """One run on a tiny model; a checkpoint every step, if there is a folder."""
+    import torch
+    from tune_a_video.tav_core import host
+    from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+    from unets import UNETS, build_model
+
+    def on_step(step: int) -> None:
+        time.sleep(pace)
+        if step == cancel_at:
+            raise KeyboardInterrupt
+
+    # A process with threads cannot be forked safely.
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        model = build_model(UNETS["tiny"])
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(2, 4, 8, 8, generator=generator)
+        conditioning = [[torch.randn(1, 7, host.context_width(model), generator=generator), {}]]
+        settings = TuneSettings(steps=STEPS, learning_rate=1e-3, warmup_steps=5)
+        return one_shot_tune(
+            model, latents, conditioning, settings, on_step=on_step, checkpoints=folder, checkpoint_interval=0.0
+        )
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two runs ended with the same bits."""
+    import torch
+
+    (motion, losses), (other, other_losses) = ours, theirs
+    return (
+        losses == other_losses
+        and motion.tensors.keys() == other.tensors.keys()
+        and all(torch.equal(value, other.tensors[key]) for key, value in motion.tensors.items())
+    )
+
+
+def visible_but_broken(folder: Path) -> list[str]:
+    """Files that somebody who lists the folder sees and cannot read whole."""
+    from safetensors import SafetensorError, safe_open
+
+    broken = []
+    for path in folder.glob("[!.]*"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError):
+            broken.append(path.name)
+    return broken
+
+
+def run_and_kill(folder: Path, after: float) -> bool:
+    """A run in a process of its own, killed after so many seconds; whether it was still running."""
+    child = os.fork()
+    if not child:
+        try:
+            # Paced, so that the moments are spread over writing and tuning alike on a fast machine.
+            tune(folder, pace=0.02)
+        finally:
+            os._exit(0)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def killed(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
+    """A run that is killed until it is through; how often it took, and what was wrong."""
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, kills = Path(scratch), 0
+        while run_and_kill(folder, rng.uniform(0.05, LONGEST)):
+            kills += 1
+            wrong += [f"{name} can be seen and not read" for name in visible_but_broken(folder)]
+        if not same(tune(folder), undisturbed):
+            wrong.append("other weights")
+        left = [path.name for path in folder.glob(".*")]
+        if left:
+            wrong.append(f"left behind: {left}")
+    return kills, wrong
+
+
+def cancelled(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
+    """A run that is cancelled after one step or several, again and again, until it is through."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cancels, step = 0, rng.randrange(STEPS)
+        while step < STEPS:
+            try:
+                tune(Path(scratch), cancel_at=step)
+                return cancels, ["the step to cancel at was lost"]
+            except KeyboardInterrupt:
+                cancels += 1
+            step += rng.randint(1, STEPS // 2)
+        return cancels, [] if same(tune(Path(scratch)), undisturbed) else ["other weights"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--cancels", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--comfyui", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI, else the engine from PyPI")
+    options = parser.parse_args()
+    engine.load_pack()
+    engine.load_engine(engine.find_comfyui(options.comfyui))
+    rng = random.Random(options.seed)  # noqa: S311
+    broken = False
+    undisturbed = tune(None)
+    for kind, wanted, disturb in (("kills", options.kills, killed), ("cancels", options.cancels, cancelled)):
+        done, runs = 0, 0
+        wrong: list[str] = []
+        while done < wanted:
+            times, complaints = disturb(rng, undisturbed)
+            done, runs, wrong = done + times, runs + 1, wrong + complaints
+        print(f"{kind}: {done} in {runs} runs, {len(wrong)} wrong {wrong[:5] or ''}".rstrip(), flush=True)
+        broken |= bool(wrong)
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

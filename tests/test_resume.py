@@ -1,0 +1,269 @@
+"""Runs that were cut off go on, to the same bits; files that cannot be trusted are left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import resume
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+SETTINGS = TuneSettings(steps=5, learning_rate=1e-3, warmup_steps=3)
+Result = tuple[Motion, list[float]]
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def on_the_server() -> Any:
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+def latents() -> Tensor:
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def conditioning(seed: int = 1) -> list[Any]:
+    return [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def tune(
+    folder: Path | None, stop_at: int = -1, settings: TuneSettings = SETTINGS, **options: Any
+) -> tuple[Result, list[int]]:
+    """A run's result and the steps it took; raises StoppedError after a step."""
+    taken: list[int] = []
+
+    def on_step(step: int) -> None:
+        taken.append(step)
+        if step == stop_at:
+            raise StoppedError
+
+    model = options.pop("model", None) or build_model(UNETS["tiny"])
+    arguments = {"latents": latents(), "conditioning": conditioning(), **options}
+    return one_shot_tune(model, settings=settings, on_step=on_step, checkpoints=folder, **arguments), taken
+
+
+def assert_same(ours: Result, theirs: Result) -> None:
+    assert ours[1] == theirs[1]
+    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
+    different = [key for key, value in ours[0].tensors.items() if not torch.equal(value, theirs[0].tensors[key])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Result:
+    with torch.inference_mode():
+        return tune(None)[0]
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was cancelled after its third step."""
+    folder = tmp_path_factory.mktemp("runs")
+    with torch.inference_mode(), pytest.raises(StoppedError):
+        tune(folder, stop_at=2)
+    return folder
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    """The one run of a folder, in another folder."""
+    (source,) = folder.iterdir()
+    return Path(shutil.copy(source, to))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_killed_and_cancelled_runs_end_with_the_weights_of_an_undisturbed_one(comfyui: Path | None) -> None:
+    command = [sys.executable, Path(__file__).with_name("interrupted.py"), "--kills", "3", "--cancels", "2"]
+    done = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 wrong") == 2
+
+
+def test_a_cancelled_run_goes_on(half_way: Path, tmp_path: Path, undisturbed: Result) -> None:
+    copy_of(half_way, tmp_path)
+    result, taken = tune(tmp_path)
+    assert taken == [3, 4]
+    assert_same(result, undisturbed)
+    # Nor is a finished one computed again: the host drops results of its cache when memory is short.
+    result, taken = tune(tmp_path)
+    assert taken == []
+    assert_same(result, undisturbed)
+
+
+@pytest.mark.parametrize("options", [{"precision": torch.float16}, {"precision": torch.bfloat16}])
+def test_half_precision_goes_on_too(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole, _ = tune(None, **options)
+    with pytest.raises(StoppedError):
+        tune(tmp_path, stop_at=1, **options)
+    result, taken = tune(tmp_path, **options)
+    assert taken == [2, 3, 4]
+    assert_same(result, whole)
+
+
+def test_a_run_that_goes_on_from_a_motion_goes_on(tmp_path: Path, undisturbed: Result) -> None:
+    settings = replace(SETTINGS, train_scope="middle and up")
+    whole, _ = tune(None, settings=settings, motion=undisturbed[0])
+    with pytest.raises(StoppedError):
+        tune(tmp_path, stop_at=3, settings=settings, motion=undisturbed[0])
+    result, taken = tune(tmp_path, settings=settings, motion=undisturbed[0])
+    assert taken == [4]
+    assert_same(result, whole)
+
+
+def test_stopped_within_an_update_it_goes_on_from_before(tmp_path: Path, undisturbed: Result) -> None:
+    def in_update(step: Any) -> None:
+        if step.index == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        tune(tmp_path, on_gradients=in_update, checkpoint_interval=0.0)
+    result, taken = tune(tmp_path)
+    assert taken == [3, 4]
+    assert_same(result, undisturbed)
+
+
+def with_lora() -> Any:
+    """Changes a layer that is not trained."""
+    model = build_model(UNETS["tiny"]).clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.ff.net.2.weight"
+    model.add_patches({key: ("diff", (torch.full((64, 256), 1e-3),))})
+    return model
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: {"latents": latents() + 1e-6},
+        lambda: {"conditioning": conditioning(2)},
+        lambda: {"settings": replace(SETTINGS, steps=6)},
+        lambda: {"settings": replace(SETTINGS, seed=1)},
+        lambda: {"inflation": Inflation(pool_group_norm=False)},
+        lambda: {"precision": torch.bfloat16},
+        lambda: {"model": build_model(UNETS["tiny"], seed=1)},
+        lambda: {"model": build_model(UNETS["tiny"], prediction="v")},
+        lambda: {"model": with_lora()},
+    ],
+    ids=["latents", "prompt", "steps", "seed", "inflation", "precision", "model", "prediction", "lora"],
+)
+def test_a_run_with_other_inputs_is_another_run(
+    half_way: Path, tmp_path: Path, other: Callable[[], dict[str, Any]]
+) -> None:
+    copy_of(half_way, tmp_path)
+    with pytest.raises(StoppedError):
+        tune(tmp_path, stop_at=0, **other())
+
+
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-7],
+        lambda data: data[:100],
+        lambda data: flip(data, len(data) // 2),
+        lambda data: flip(data, 4),
+        lambda data: data.replace(b"exp_avg_sq", b"exp_avg_xx"),
+        lambda data: data.replace(resume.FORMAT.encode(), b"tune-a-video run 0"),
+        lambda data: b"\x80\x04\x95" + data,
+    ],
+    ids=["empty", "cut short", "header alone", "one bit", "length", "names", "older format", "pickle"],
+)
+def test_a_damaged_file_is_left_alone(
+    half_way: Path,
+    tmp_path: Path,
+    undisturbed: Result,
+    damage: Callable[[bytes], bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = copy_of(half_way, tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    result, taken = tune(tmp_path)
+    assert "is damaged" in caplog.text and taken == [0, 1, 2, 3, 4]
+    assert_same(result, undisturbed)
+
+
+def test_another_runs_file_is_left_alone(half_way: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copy_of(half_way, tmp_path)
+    checkpoint = resume.Checkpoint(tmp_path, "other", 0.0)
+    path.rename(checkpoint.path)
+    assert checkpoint.read() is None and "its run is another" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_stops_nothing(
+    tmp_path: Path, undisturbed: Result, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result, _ = tune(tmp_path / "file" / "runs", checkpoint_interval=0.0)
+    assert "cannot be written" in caplog.text
+    assert_same(result, undisturbed)
+
+
+def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
+    def file(name: str, age: float) -> Path:
+        path = tmp_path / name
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    ours = resume.Checkpoint(tmp_path, "run", 0.0)
+    kept = [file("run.safetensors", resume.KEPT_FOR + 60), file("theirs.safetensors", 60), file(".theirs.part", 60)]
+    kept.append(file("notes.txt", 2 * resume.KEPT_FOR))
+    file("old.safetensors", resume.KEPT_FOR + 60)
+    file(".runx1.part", 0)
+    ours.tidy()
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    for age in range(resume.KEPT_RUNS + 2):
+        file(f"{age}.safetensors", age + 1)
+    ours.tidy()
+    names = {path.name for path in tmp_path.glob("[!.]*.safetensors")}
+    assert names == {"run.safetensors", *(f"{age}.safetensors" for age in range(resume.KEPT_RUNS))}
+
+
+def test_writing_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    checkpoint = resume.Checkpoint(tmp_path, "run", 60.0)
+
+    def slow(*_: object) -> None:
+        nonlocal now
+        now += 10.0
+
+    monkeypatch.setattr(resume, "write_safetensors", slow)
+    now += 59.0
+    assert not checkpoint.due()
+    now += 1.0
+    assert checkpoint.due()
+    checkpoint.write(resume.State({"x": torch.zeros(1)}, {}))
+    now += 199.0
+    assert not checkpoint.due()
+    now += 1.0
+    assert checkpoint.due()
+
+
+def test_a_fingerprint_is_of_names_types_shapes_and_bytes() -> None:
+    x = torch.arange(4.0)
+    same = resume.fingerprint({"a": 1}, [("x", x)])
+    assert same == resume.fingerprint({"a": 1}, [("x", x.clone())])
+    others = [("y", x), ("x", x.double()), ("x", x.reshape(2, 2)), ("x", x + 1), ("x", x.view(torch.int32))]
+    assert len({same, *(resume.fingerprint({"a": 1}, [other]) for other in others)}) == 6
+    assert resume.fingerprint({"a": 2}, [("x", x)]) != same
