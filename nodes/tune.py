@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from ..tav_core import host, pictures
 from ..tav_core.attention import SPATIAL_MODES
@@ -24,6 +26,7 @@ from .types import CATEGORY, MotionType
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
+_PREVIEW_SECONDS, _PREVIEW_SIZE = 2.0, 768
 # Below the output folder: the host empties its temp folder when it starts.
 UNFINISHED = ".tune-a-video"
 
@@ -91,6 +94,36 @@ class InflateUNet(io.ComfyNode):
         host.check_model(model)
         inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
         return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))
+
+
+class _Progress:
+    """The node's progress bar, and below it the loss curve so far with the time that is left."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.begun: tuple[float, int] | None = None
+        self.shown = 0.0
+
+    def step(self, step: int) -> None:
+        """Raises when the user cancels."""
+        if self.begun is None:
+            # The first step of a run also sets up, and a resumed run does not begin with the first.
+            self.begun = (time.monotonic(), step)
+        self.bar.update_absolute(step + 1, self.steps)
+
+    def losses(self, losses: list[float]) -> None:
+        """Draw the curve, now and then."""
+        now = time.monotonic()
+        if self.begun is None or now - self.shown < _PREVIEW_SECONDS:
+            return
+        self.shown = now
+        began, first = self.begun
+        rate = max(len(losses) - 1 - first, 1) / max(now - began, 1e-3)
+        left = round((self.steps - len(losses)) / rate)
+        curve = pictures.loss_curve(losses, f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left")
+        picture = Image.fromarray((curve[0] * 255).round().byte().numpy())
+        self.bar.update_absolute(len(losses), self.steps, ("JPEG", picture, _PREVIEW_SIZE))
 
 
 class OneShotTune(io.ComfyNode):
@@ -213,12 +246,7 @@ class OneShotTune(io.ComfyNode):
             warmup_steps=warmup_steps,
             gradient_clip=gradient_clip,
         )
-        bar = comfy.utils.ProgressBar(steps)
-
-        def on_step(step: int) -> None:
-            # Raises when the user cancels.
-            bar.update_absolute(step + 1, steps)
-
+        progress = _Progress(steps)
         started = motion or host.carried_motion(model)
         learnt, losses = one_shot_tune(
             host.deflated(model),
@@ -228,7 +256,8 @@ class OneShotTune(io.ComfyNode):
             Inflation(inflation.attention, inflation.pool_group_norm),
             started,
             PRECISIONS[precision],
-            on_step=on_step,
+            on_step=progress.step,
+            on_losses=progress.losses,
             checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
         )
         height, width = samples.shape[-2:]

@@ -31,8 +31,8 @@ def _points(values: np.ndarray, low: float, high: float, top: int, bottom: int) 
     return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
 
 
-def loss_curve(losses: Sequence[float]) -> Tensor:
-    """Loss over steps as an IMAGE [1, h, w, 3]: each step thin, the mean of its neighbourhood thick."""
+def loss_curve(losses: Sequence[float], note: str = "") -> Tensor:
+    """Loss over steps as an IMAGE [1, h, w, 3]: each step thin, the mean of its neighbourhood thick; a note above."""
     picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
     values = np.asarray(losses, dtype=np.float64)
@@ -48,6 +48,7 @@ def loss_curve(losses: Sequence[float]) -> Tensor:
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_STRONG)
     draw.rectangle((_MARGIN, top, _WIDTH - _MARGIN, bottom), outline=_INK)
     draw.text((_MARGIN, top - 16), f"loss {high:.4g}", fill=_INK)
+    draw.text((_MARGIN + 160, top - 16), note, fill=_INK)
     draw.text((_MARGIN, bottom + 4), f"{low:.4g}", fill=_INK)
     draw.text((_WIDTH - _MARGIN - 80, bottom + 4), f"{len(losses)} steps", fill=_INK)
     return _image(picture)

@@ -101,6 +101,7 @@ def one_shot_tune(
     on_gradients: Callable[[TuneStep], None] | None = None,
     on_plan: Callable[[memory.Plan], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_losses: Callable[[list[float]], None] | None = None,
     checkpoints: Path | None = None,
     checkpoint_interval: float = 60.0,
 ) -> tuple[Motion, list[float]]:
@@ -113,7 +114,7 @@ def one_shot_tune(
     the device has free; ``level``: what every block keeps, instead of a plan from a budget. ``draw(step)``:
     timestep and noise [frames, c, h, w], for runs that must repeat given draws. ``on_gradients`` sees each step
     before its update; ``on_plan`` is told what blocks keep before the first one; ``on_step`` is called after
-    each, may raise to stop.
+    each, may raise to stop; ``on_losses`` gets the losses so far, every few steps.
     ``checkpoints``: a folder to keep the run's state in, every ``checkpoint_interval`` seconds and when it is
     stopped: a run with the same inputs (and the same ``draw``) goes on from there, to the same weights, and a
     finished one gives its result again without tuning.
@@ -146,7 +147,7 @@ def one_shot_tune(
         if on_plan is not None:
             on_plan(plan)
         with session.prepared(inflation, weights.layers, weights.queries, frames):
-            _run(descent, costs, plan, on_step, checkpoint)
+            _run(descent, costs, plan, on_step, on_losses, checkpoint)
         return weights.motion(session), descent.history[0].tolist()
 
 
@@ -368,6 +369,7 @@ def _run(
     costs: Mapping[str, memory.UnitCost],
     plan: memory.Plan,
     on_step: Callable[[int], None] | None,
+    on_losses: Callable[[list[float]], None] | None,
     checkpoint: resume.Checkpoint | None,
 ) -> None:
     """The steps that are left, until done or hopeless; the state goes to ``checkpoint``."""
@@ -379,6 +381,8 @@ def _run(
             plan = _step(descent, unet, costs, plan)
             if descent.done % _CHECK_INTERVAL == 0:
                 hopeless = descent.is_hopeless()
+                if on_losses is not None:
+                    on_losses(descent.history[0].tolist())
             if checkpoint is not None and checkpoint.due():
                 checkpoint.write(descent.state())
             if on_step is not None:

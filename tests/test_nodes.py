@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -264,3 +265,20 @@ def relative(path: str) -> str:
     import folder_paths
 
     return str(Path(path).relative_to(folder_paths.get_folder_paths("tav")[0]))
+
+
+def test_the_loss_curve_is_shown_while_it_is_tuned(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.utils
+    import tune_a_video.nodes.tune as tune
+
+    shown: list[tuple[int, int, Any]] = []
+    monkeypatch.setattr(tune, "_PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: shown.append((value, total, preview))
+    )
+    tuned(nodes, build_model(UNETS["tiny"]), steps=12)
+    assert [value for value, _, preview in shown if preview is None] == list(range(1, 13))
+    pictured = [(value, preview) for value, _, preview in shown if preview is not None]
+    assert [value for value, _ in pictured] == [5, 10]
+    kind, picture, _ = pictured[-1][1]
+    assert kind == "JPEG" and np.asarray(picture).std() > 5
