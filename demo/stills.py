@@ -28,24 +28,24 @@ def generate(parts: tuple[Any, Any, Any], prompts: list[str], seed: int) -> Tens
     side = sprites.SIZE // tiny_sd.PIXELS_PER_LATENT
     pictures = []
     for start in range(0, len(prompts), _BATCH):
-        for index in range(start, min(start + _BATCH, len(prompts))):
-            generator = torch.Generator().manual_seed(seed + index)
-            noise = torch.randn(1, 4, side, side, generator=generator)
-            positive = tiny_sd.encode(clip, prompts[index])
-            samples = comfy.sample.sample(
-                model,
-                noise,
-                STEPS,
-                GUIDANCE,
-                "dpmpp_2m",
-                "karras",
-                positive,
-                empty,
-                torch.zeros_like(noise),
-                disable_pbar=True,
-            )
-            pictures.append(vae.decode(samples))
-        print(f"pictures: {len(pictures)} of {len(prompts)}", flush=True)
+        indices = range(start, min(start + _BATCH, len(prompts)))
+        generators = [torch.Generator().manual_seed(seed + index) for index in indices]
+        noise = torch.cat([torch.randn(1, 4, side, side, generator=generator) for generator in generators])
+        embeddings = torch.cat([tiny_sd.encode(clip, prompts[index])[0][0] for index in indices])
+        samples = comfy.sample.sample(
+            model,
+            noise,
+            STEPS,
+            GUIDANCE,
+            "dpmpp_2m",
+            "karras",
+            [[embeddings, {}]],
+            empty,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+        )
+        pictures.append(vae.decode(samples))
+        print(f"pictures: {indices.stop} of {len(prompts)}", flush=True)
     return torch.cat(pictures)
 
 
