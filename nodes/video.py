@@ -13,6 +13,7 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..tav_core import video
+from .limits import check_limits
 from .paths import next_name
 
 CATEGORY = "Tune-A-Video"
@@ -210,6 +211,7 @@ class SaveVideo(io.ComfyNode):
         quality: int,
         audio: video.Audio | None = None,
     ) -> io.NodeOutput:
+        check_limits(cls, fps=fps, format=format, quality=quality)
         height, width = images.shape[1:3] if images.ndim == 4 else (0, 0)
         root = folder_paths.get_output_directory()
         folder, name, subfolder = next_name(filename_prefix, root, "TuneAVideo/video", width, height)

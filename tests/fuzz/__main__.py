@@ -39,7 +39,7 @@ import torch  # noqa: E402
 OUTCOMES = ("ok", "clear error", "unclear error", "crash", "hang", "memory")
 BROKEN = OUTCOMES[2:]
 # "input: what is wrong with it"; also what the host says about a path that leaves its folder.
-CLEAR = re.compile(r"^[a-z_0-9 ]+: .{15,}", re.S)
+CLEAR = re.compile(r"^([a-z_0-9 ]+: .{15,}|The loss stopped being a finite number.*Lower learning_rate)", re.S)
 POLL = 0.05  # seconds
 OWN_ERROR = 3  # exit status of a case that failed with a clear error, and ...
 STRAY_ERROR = 4  # ... with any other
@@ -70,7 +70,7 @@ def start(name: str, case: Case, rng: Random, log: Path) -> Running:
         os.dup2(output, 2)
         case(rng)
         status = 0
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         traceback.print_exc()
         status = OWN_ERROR if CLEAR.match(str(error)) else STRAY_ERROR
     except BaseException:
