@@ -104,7 +104,8 @@ CLIPS: tuple[Clip, ...] = (
     ),
 )
 
-# What takes the place of what: far apart in form, in hue, in lightness.
+# What takes the place of what. Colours change to a neighbour: the noise that a sprite was inverted to still says its
+# colour, and asked for the opposite one the model draws the sprite somewhere else (docs/ablation.md).
 _OTHER_SHAPE = {
     "star": "circle",
     "circle": "square",
@@ -114,12 +115,12 @@ _OTHER_SHAPE = {
     "triangle": "heart",
 }
 _OTHER_COLOUR = {
-    "red": "blue",
-    "yellow": "purple",
-    "blue": "yellow",
-    "green": "purple",
-    "pink": "green",
-    "purple": "yellow",
+    "red": "pink",
+    "yellow": "green",
+    "blue": "purple",
+    "green": "yellow",
+    "pink": "red",
+    "purple": "blue",
 }
 _OTHER_BACKGROUND = {
     "grass": "night sky",

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..tav_core import host, schedule
 from ..tav_core.invert import ddim_invert
 from ..tav_core.sample import ddim_sample
+from .limits import check_limits
 from .types import CATEGORY
 
 LAST_STEPS = ("clip noise level", "zero")
@@ -53,6 +54,7 @@ class DDIMInvert(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any], conditioning: Any, steps: int) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        check_limits(cls, steps=steps)
         host.check_model(model)
         samples = host.check_latent(model, latent)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
@@ -138,6 +140,7 @@ class TAVSample(io.ComfyNode):
         last_step: str = LAST_STEPS[0],
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        check_limits(cls, steps=steps, guidance=guidance, eta=eta, seed=seed, last_step=last_step)
         host.check_model(model)
         samples = host.check_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):

@@ -20,6 +20,7 @@ from ..tav_core.low_rank import SEED_KEY
 from ..tav_core.trainable import TRAIN_SCOPES
 from ..tav_core.tune import TuneSettings, one_shot_tune
 from ..tav_core.weights import Motion
+from .limits import check_limits
 from .prompt import source_text
 from .types import CATEGORY, MotionType
 
@@ -91,6 +92,13 @@ class InflateUNet(io.ComfyNode):
         motion: Motion | None = None,
     ) -> io.NodeOutput:
         """Refuses models without a Stable Diffusion UNet and motions of another model (ValueError)."""
+        check_limits(
+            cls,
+            attention=attention,
+            group_norm=group_norm,
+            query_strength=query_strength,
+            temporal_strength=temporal_strength,
+        )
         host.check_model(model)
         inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
         return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))
@@ -228,6 +236,16 @@ class OneShotTune(io.ComfyNode):
         motion: Motion | None = None,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
+        check_limits(
+            cls,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            train_scope=train_scope,
+            precision=precision,
+            warmup_steps=warmup_steps,
+            gradient_clip=gradient_clip,
+        )
         host.check_model(model)
         samples = host.check_latent(model, latent)
         if len(conditioning) != 1:

@@ -13,6 +13,8 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..tav_core import video
+from .limits import check_limits
+from .paths import next_name
 
 CATEGORY = "Tune-A-Video"
 
@@ -209,7 +211,10 @@ class SaveVideo(io.ComfyNode):
         quality: int,
         audio: video.Audio | None = None,
     ) -> io.NodeOutput:
-        folder, name, subfolder = _output_name(filename_prefix, images)
+        check_limits(cls, fps=fps, format=format, quality=quality)
+        height, width = images.shape[1:3] if images.ndim == 4 else (0, 0)
+        root = folder_paths.get_output_directory()
+        folder, name, subfolder = next_name(filename_prefix, root, "TuneAVideo/video", width, height)
         path = Path(folder, f"{name}.{format}").absolute()
         metadata = {} if args.disable_metadata else _workflow(cls.hidden)
         video.save_clip(images, fps, path, quality, audio, metadata, ProgressBar(1).update_absolute)
@@ -232,24 +237,6 @@ def _input_file(name: Any) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"file: '{name}' is not in the input folder; upload it again, or choose another one.")
     return path
-
-
-def _output_name(prefix: str, images: Tensor) -> tuple[str, str, str]:
-    """(folder, file name without extension, subfolder) for the next file with this prefix."""
-    if "\0" in prefix:
-        raise ValueError("filename_prefix: a file name cannot hold NUL characters; type it again.")
-    height, width = images.shape[1:3]
-    try:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory(), width, height
-        )
-    except OSError:
-        raise
-    except Exception as error:  # what the host raises for a path that leaves the folder
-        raise ValueError(
-            f"filename_prefix: '{prefix}' leaves the output folder; give a name such as TuneAVideo/video."
-        ) from error
-    return folder, f"{name}_{counter:05}_", subfolder
 
 
 def _workflow(hidden: Any) -> dict[str, Any]:

@@ -134,6 +134,11 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
         raise ValueError(f"{name}: it is empty. Connect a CLIP Text Encode node.")
     width = context_width(model)
     for embedding, _ in conditioning:
+        if embedding.ndim != 3 or 0 in embedding.shape or not torch.isfinite(embedding).all():
+            raise ValueError(
+                f"{name}: a text embedding of shape {list(embedding.shape)} is not [prompts, tokens, width], or holds "
+                "NaN. Connect a CLIP Text Encode node."
+            )
         if embedding.shape[-1] != width:
             raise ValueError(
                 f"{name}: its text embedding is {embedding.shape[-1]} wide, {family(model)} takes {width}. "

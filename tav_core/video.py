@@ -3,17 +3,20 @@
 Reading goes in two steps. `probe` lets the ffmpeg program walk through the file's packets, without decoding,
 in a process of its own: that refuses files that are no videos or are cut short, and gives every frame's time.
 Then `read_frames` keeps the wanted frames, decoded with decord where it is installed and finds frames exactly,
-else with ffmpeg. Both turn frames upright by the file's rotation tag and convert colours alike.
+else with ffmpeg; decord, too, in a process of its own (`decord_reader.py`). Both turn frames upright by the
+file's rotation tag and convert colours alike.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import uuid
@@ -43,13 +46,19 @@ PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 DECODE_LIMIT = 900
 MAX_PASSED_OVER = 300  # frames; above that, ffmpeg, which can jump to a key frame, is the faster reader
 ENCODE_LIMIT = 1800  # after the last frame was handed over
+MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
+# What a decoder may take: so many bytes, and so many pictures that refer to each other.
+DECODER_MEMORY, FRAMES_IN_FLIGHT = 2 * 2**30, 32
+MOST_SOUND = 48000 * 2 * 4 * 4  # bytes a second while sound is read: stereo, and some copies
 
 # A text file with a video's name may be a playlist that names other files or addresses: only real containers
 # are opened, and only from the disk.
 CONTAINERS = "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg"
-READ_SAFELY = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+READ_SAFELY = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS)]
 CUT_SHORT = ("partial file", "ended prematurely")
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4  # AV_PKT_FLAG_*
+
+_DECORD_READER = str(Path(__file__).with_name("decord_reader.py"))
 
 Audio = dict[str, Any]  # the host's AUDIO: waveform [1, channels, samples] float32, sample_rate in Hz
 Progress = Callable[[int, int], None]  # frames done, frames in all; may raise to stop
@@ -270,7 +279,12 @@ def probe(path: str | Path) -> VideoInfo:
     shown = sorted((time, flags) for time, flags in packets if not flags & DISCARDED)
     times = [time for time, _ in shown]
     width, height = _displayed_size(pictures[0])
-    if result.returncode or not times or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(
+            f"file: '{name}' is {width}x{height} pixels large; at most {MAX_SIDE} a side and"
+            f" {MAX_PIXELS / 1e6:.0f} million in all are read, so make it smaller first."
+        )
+    if result.returncode or not times or not (width and height):
         raise ValueError(
             f"file: '{name}' has no frames that can be read ({len(times)} of {width}x{height} pixels);"
             " convert it to mp4 and try again."
@@ -381,35 +395,24 @@ def read_frames(
 
 
 def _decord_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
-    """Frames [H, W, 3] uint8 by decord. One thread: it is fast enough, and nothing is left to wait for."""
-    try:
-        import decord
-    except (ImportError, OSError, RuntimeError) as error:  # there is none for this platform, or it is broken
-        raise _CannotReadError(error) from error
-    try:
-        reader = decord.VideoReader(info.path, num_threads=1)
-        count = len(reader)
-    except (RuntimeError, decord.DECORDError) as error:
-        raise _CannotReadError(error) from error
-    # It also counts the frames that an edit list hides, and loses the first ones of some containers.
-    if count != len(info.times) or not info.keys:
+    """Frames [H, W, 3] uint8 by decord, in a process of its own: some damaged clips end the one that it is in."""
+    if importlib.util.find_spec("decord") is None:  # there is none for this platform
+        raise _CannotReadError("decord is not installed")
+    if not info.keys:
         raise _CannotReadError("its frame numbers would be wrong")
-    # Read on from frame to frame: where a clip's groups of frames are open (HEVC's default), decord's own access
-    # by number, and its skip_frames, give a frame some numbers off, without an error.
     passed_over = indices[-1] + 1 - len(indices)
     if passed_over > MAX_PASSED_OVER:
         raise _CannotReadError(f"{passed_over} frames would be decoded in vain")
-    wanted = set(indices)
-    for index in range(indices[-1] + 1):
-        try:
-            frame = reader.next()
-            pixels = frame.asnumpy() if index in wanted else None
-        except (RuntimeError, StopIteration, decord.DECORDError) as error:
-            raise _CannotReadError(error) from error
-        if pixels is not None:
-            if pixels.shape[:2] != (info.height, info.width):
-                raise _CannotReadError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]}")
-            yield pixels
+    job = {
+        "module_path": [str(Path(entry).absolute()) for entry in sys.path],
+        "path": info.path,
+        "width": info.width,
+        "height": info.height,
+        "frames": len(info.times),
+        "wanted": [indices[0], indices[-1] + 1, indices[1] - indices[0] if len(indices) > 1 else 1],
+        "memory": DECODER_MEMORY + FRAMES_IN_FLIGHT * info.width * info.height * 3,
+    }
+    yield from _piped_frames([sys.executable, "-I", _DECORD_READER, json.dumps(job)], info, len(indices))
 
 
 def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
@@ -428,6 +431,11 @@ def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
     command = [*_ffmpeg(), "-loglevel", "error", *READ_SAFELY, *seek, "-i", _file_url(info.path)]
     command += ["-map", "0:V:0", "-vf", f"{pick},{scale}", "-frames:v", str(len(indices))]
     command += ["-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    yield from _piped_frames(command, info, len(indices))
+
+
+def _piped_frames(command: list[str], info: VideoInfo, count: int) -> Generator[np.ndarray, None, None]:
+    """Frames [H, W, 3] uint8 that a program writes to its standard output."""
     size = info.width * info.height * 3
     with tempfile.TemporaryFile() as log:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:  # noqa: S603
@@ -435,7 +443,7 @@ def _ffmpeg_frames(info: VideoInfo, indices: Sequence[int]) -> Generator[np.ndar
             limit = threading.Timer(DECODE_LIMIT, process.kill)
             limit.start()
             try:
-                for _ in indices:
+                for _ in range(count):
                     frame = process.stdout.read(size)
                     if len(frame) < size:
                         raise _CannotReadError(_last_line(log) or "it ends early")
@@ -456,6 +464,9 @@ def read_audio(info: VideoInfo, start: float, duration: float) -> Audio | None:
 
     None if the track has no sound in that span, or cannot be decoded (which is logged, not raised).
     """
+    if not duration * MOST_SOUND < psutil.virtual_memory().available:
+        logging.warning("%s: %g seconds of sound do not fit in memory and are left out", info.name, duration)
+        return None
     command = [*_ffmpeg(), "-loglevel", "error", *READ_SAFELY]
     command += ["-ss", f"{start:.6f}", "-i", _file_url(info.path), "-t", f"{duration:.6f}"]
     command += ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0"]

@@ -22,6 +22,7 @@ from torch import Tensor
 FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
 FORMAT_VERSION = 2
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUERY_SUFFIX = ".diff"
 TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
 TEMPORAL_LEAVES = (
@@ -114,10 +115,10 @@ def load_motion(path: Path) -> Motion:
                     "Choose a file written by Save Motion."
                 )
             version = metadata.pop("format_version", "")
-            if not version.isdigit() or int(version) > FORMAT_VERSION:
+            if version not in map(str, range(1, FORMAT_VERSION + 1)):
                 raise ValueError(
-                    f"file: {path.name} has motion format version {version or 'unknown'}; this version of the pack "
-                    f"reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
+                    f"file: {path.name} has motion format version {version[:20] or 'unknown'}; this version of the "
+                    f"pack reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
                 )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -127,6 +128,12 @@ def load_motion(path: Path) -> Motion:
             "copy it again, or tune again."
         ) from error
     del metadata["format"]
+    odd = next((key for key, value in tensors.items() if value.dtype not in _DTYPES), None)
+    if odd is not None:
+        raise ValueError(
+            f"file: {path.name} holds {str(tensors[odd].dtype).removeprefix('torch.')} values (first in {odd[:200]}), "
+            "but a motion is fp16, bf16 or fp32. It is damaged: copy it again, or tune again."
+        )
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise ValueError(f"file: {path.name} holds values that are not finite (first in {bad}). Tune again.")

@@ -237,6 +237,59 @@ def test_a_motion_is_not_saved_outside_its_folder(nodes: Any, prefix: str) -> No
         nodes.save.execute(Motion({"x": torch.zeros(1)}), prefix)
 
 
+@pytest.mark.parametrize(
+    ("node", "given", "message"),
+    [
+        ("tune", {"steps": 0}, "^steps: 0 is outside 1 to 100000"),
+        ("tune", {"seed": 2**64}, "^seed: .* is outside 0 to"),
+        ("tune", {"learning_rate": float("nan")}, "^learning_rate: nan is outside"),
+        ("tune", {"precision": "fp8"}, "^precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
+        ("sample", {"steps": -1}, "^steps: -1 is outside 1 to 1000"),
+        ("sample", {"guidance": float("inf")}, "^guidance: inf is outside"),
+    ],
+)
+def test_a_link_brings_no_more_than_a_widget(nodes: Any, node: str, given: dict[str, Any], message: str) -> None:
+    model = build_model(UNETS["tiny"])
+    with pytest.raises(ValueError, match=message):
+        tuned(nodes, model, **given) if node == "tune" else sampled(nodes, model, clip(), **given)
+
+
+def test_a_conditioning_of_another_shape_is_refused(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    embedding = conditioning(model)[0][0]
+    for odd in (embedding[0], embedding[None], embedding[:, :0], embedding * float("nan")):
+        with pytest.raises(ValueError, match="^conditioning: a text embedding of shape"):
+            tuned(nodes, model, conditioning=[[odd, {}]])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("a\0b", "cannot hold NUL"),
+        ("x" * 300, "longer than 200 bytes"),
+        ("스" * 80, "longer than 200 bytes"),
+        ("a/" * 500 + "b", "longer than 200 bytes"),
+        ("CON/clip", "not a name that every system takes"),
+        ("\ud800", "not a name that every system takes"),
+        ("../clip", "leaves the output folder"),
+        ("a/../../clip", "leaves the output folder"),
+        ("/clip", "leaves the output folder"),
+        ("linked/clip", "leaves the output folder"),
+    ],
+)
+def test_names_to_save_under(tmp_path: Path, prefix: str, message: str) -> None:
+    from tune_a_video.nodes.paths import next_name
+
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (root / "linked").symlink_to(outside)
+    with pytest.raises(ValueError, match=f"^filename_prefix: .*{message}.*; (give a name such as|type it again)"):
+        next_name(prefix, str(root), "ski")
+    assert not list(outside.iterdir()) and [path.name for path in tmp_path.rglob("*")].count("linked") == 1
+    assert next_name("사람/ski", str(root), "ski") == (str(root / "사람"), "ski_00001_", "사람")
+
+
 @pytest.mark.parametrize("losses", [[1.0], [0.5, 0.25], [1.0] * 500, [1 / (i + 1) for i in range(500)]])
 def test_loss_curves_of_any_length(losses: list[float]) -> None:
     image = pictures.loss_curve(losses)

@@ -239,6 +239,46 @@ def test_decord_is_not_asked_where_its_frame_numbers_are_wrong(clips: dict[str, 
         next(video._decord_frames(video.probe(clips[name]), [0]))
 
 
+def test_a_crash_of_decord_is_its_own_affair(
+    clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clip is read all the same, and the reason is in the log."""
+    reader = tmp_path / "crashing.py"
+    reader.write_text("import os, sys\nprint('std::bad_alloc', file=sys.stderr, flush=True)\nos.abort()\n")
+    monkeypatch.setattr(video, "_DECORD_READER", str(reader))
+    with caplog.at_level("INFO"):
+        clip = video.load_clip(clips["plain.mp4"], 3, "frames", 4, resize="keep")
+    assert numbers(clip.images) == [3, 4, 5, 6]
+    assert "_decord_frames does not read it (std::bad_alloc)" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no limit of a process's memory")
+def test_decord_has_only_so_much_memory(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    info = video.probe(clips["plain.mp4"])
+    assert len(list(video._decord_frames(info, range(3)))) == 3
+    monkeypatch.setattr(video, "DECODER_MEMORY", 0)
+    monkeypatch.setattr(video, "FRAMES_IN_FLIGHT", 1)
+    with pytest.raises(video._CannotReadError):
+        list(video._decord_frames(info, range(3)))
+
+
+def test_too_many_pixels_are_refused_by_header(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_PIXELS", WIDTH * HEIGHT)
+    assert video.probe(clips["plain.mp4"]).width == WIDTH
+    monkeypatch.setattr(video, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(ValueError, match=f"^file: 'plain.mp4' is {WIDTH}x{HEIGHT} pixels large"):
+        video.probe(clips["plain.mp4"])
+
+
+def test_sound_that_would_fill_the_memory_is_left_out(
+    clips: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged clip's last frame can be said to come in a billion years."""
+    info = video.probe(clips["plain.mp4"])
+    assert video.read_audio(info, 0.0, 3e16) is None
+    assert "do not fit in memory" in caplog.text
+
+
 def test_ffmpeg_jumps_to_a_far_start(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_PASSED_OVER", 30)
     with pytest.raises(video._CannotReadError, match="31 frames would be decoded in vain"):
@@ -411,7 +451,7 @@ BAD_FILES = {
     "cut near the end": "is truncated: its end is missing; upload or download it again",
     "audio": "holds sound but no video; choose a file with a video track",
     "cover": "holds sound but no video; choose a file with a video track",
-    "wide": "has no frames that can be read .*20000x16 pixels.*; convert it to mp4",
+    "wide": "is 20000x16 pixels large; at most 16384 a side .*, so make it smaller first",
 }
 
 
