@@ -16,6 +16,9 @@ NODES = (
     "TAV_SaveVideo",
     "TAV_SaveMotion",
     "TAV_LoadMotion",
+    "TAV_EvaluateVideo",
+    "TAV_CompareVideos",
+    "TAV_LoadDemoModel",
 )
 
 
@@ -28,7 +31,7 @@ def object_info(server):
 def test_node_is_ours_and_documented(object_info, node_id):
     info = object_info[node_id]
     assert info["python_module"] == f"custom_nodes.{PACK}"
-    assert info["category"] == "Tune-A-Video"
+    assert info["category"] == "Tune-A-Video" + ("/demo" if node_id == "TAV_LoadDemoModel" else "")
     assert info["description"]
     inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
     for name, (_, options) in inputs.items():
