@@ -404,7 +404,7 @@ still (template *dreambooth-lora*).
 ADD_REMOVE_NOTE = """\
 # Add or remove an object
 
-- **Add**: put the new thing right behind what it belongs to: *a man**, wearing a cowboy hat,** is skiing*.
+- **Add**: put the new thing right behind what it belongs to: *a man, wearing a red cowboy hat, is skiing*.
 - **Remove**: name the thing in the *source prompt*, leave it out of the edit prompt, and put it in the *negative \
 prompt* of that edit. The tuning ties the thing to its words, and only then they can take it away.
 
