@@ -13,8 +13,7 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..tav_core import video
-
-CATEGORY = "Tune-A-Video"
+from .types import CATEGORY, search_aliases
 
 
 class LoadVideo(io.ComfyNode):
@@ -28,6 +27,7 @@ class LoadVideo(io.ComfyNode):
             node_id="TAV_LoadVideo",
             display_name="Load Video (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("upload video", "video to frames", "video to images"),
             description="Loads part of a clip as frames, sized for the VAE, together with its sound.",
             inputs=[
                 io.Combo.Input(
@@ -152,6 +152,7 @@ class SaveVideo(io.ComfyNode):
             node_id="TAV_SaveVideo",
             display_name="Save Video (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("video combine", "export mp4", "save gif", "images to video"),
             description="Saves frames as mp4, webm or gif in the output folder and plays them in the node. mp4"
             " and webm files hold the workflow: drop one on the canvas to get it back.",
             inputs=[
