@@ -184,6 +184,13 @@ def test_every_workflow_has_a_graph_for_scripts_and_none_is_left_over() -> None:
     assert {path.name for path in workflows.API_FOLDER.glob("*")} == {path.name for path in FILES}
 
 
+def test_every_workflow_has_a_picture_for_the_template_browser() -> None:
+    """If not, run tools/template_pictures.py."""
+    pictures = sorted((ROOT / "workflows").glob("*.jpg"))
+    assert [path.stem for path in pictures] == [path.stem for path in FILES]
+    assert all(path.read_bytes()[:3] == b"\xff\xd8\xff" for path in pictures)
+
+
 def test_the_readme_lists_every_workflow() -> None:
     listed = re.findall(r"^\| `(tune-a-video-[\w-]+)` \|", (ROOT / "README.md").read_text(), re.M)
     assert listed == list(workflows.WORKFLOWS)

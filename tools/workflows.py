@@ -523,7 +523,7 @@ DEMO_NOTE = """\
 
 A tiny Stable Diffusion that comes with this pack knows drawings of 64x64 pixels. All of this takes minutes on a CPU.
 
-1. **Upload the clip**: press *choose video to upload* and take `bounce.mp4` from the folder `demo` of this pack \
+1. **Upload the clip**: press *choose file to upload* and take `bounce.mp4` from the folder `demo` of this pack \
 (`ComfyUI/custom_nodes/.../demo`). Queue.
 2. **Play with the edit prompt.** It knows *circle, square, triangle, star, heart, cross*; *red, yellow, green, blue, \
 purple, pink*; *the night sky, the grass, the sand, the snow, the bricks, the sea*; *painting* and *pencil style*. \
