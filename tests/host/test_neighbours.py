@@ -228,19 +228,21 @@ def test_attention_guidance(server, motion_file, node, values):
 
 
 def test_torch_compile(server, motion_file):
-    """A compiled UNet gives what the plain one gives. One step of the smallest UNet: compiling takes the time."""
+    """A compiled UNet gives what the plain one gives. With the smallest UNet: compiling takes the time."""
     edit = Edit(motion_file)
+    # Frames that have little in common, so that it shows whether they look at each other.
+    edit.latent = edit.graph.add("ProbeLatent", frames=FRAMES, channels=4, size=SIZE // 8, seed=4, broken=0)[0]
     unet = edit.graph.add("UNETLoader", unet_name="sd1-shallow.safetensors", weight_dtype="default")[0]
     model = inflate(edit.graph, unet)
     compiled = edit.graph.add("TorchCompileModel", model=model, backend="inductor")[0]
     plain, fast, per_frame = server.latents(
         edit.graph,
-        edit.video(model, steps=1, guidance=1.0),
-        edit.video(compiled, steps=1, guidance=1.0),
-        edit.video(unet, steps=1, guidance=1.0),
+        edit.video(model, guidance=1.0),
+        edit.video(compiled, guidance=1.0),
+        edit.video(unet, guidance=1.0),
     )
-    assert relative_error(fast, plain) < 1e-4
-    assert relative_error(fast, per_frame) > 1e-3
+    assert relative_error(plain, per_frame) > 1e-4
+    assert relative_error(fast, plain) < 0.05 * relative_error(plain, per_frame)
 
 
 def test_weights_that_stay_offloaded(server, motion_file):
