@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..tav_core import host, metrics, pictures
-from .types import CATEGORY
+from .types import CATEGORY, search_aliases
 
 
 class EvaluateVideo(io.ComfyNode):
@@ -20,6 +20,7 @@ class EvaluateVideo(io.ComfyNode):
             node_id="TAV_EvaluateVideo",
             display_name="Evaluate Video (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("clip score", "frame consistency", "video metrics"),
             description="Measures an edited clip: motion and background against the source; with a CLIP Vision "
             "model also how consistent its frames are, and with the matching CLIP how well they fit the prompt.",
             inputs=[
@@ -93,6 +94,7 @@ class CompareVideos(io.ComfyNode):
             node_id="TAV_CompareVideos",
             display_name="Compare Videos (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("side by side", "contact sheet", "before and after"),
             description="Puts a clip and up to four edits side by side, with captions: one video, and one picture "
             "with every frame.",
             inputs=[

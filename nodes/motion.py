@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..tav_core.low_rank import KEPT_KEY, compress, expand
 from ..tav_core.weights import Motion, load_motion, save_motion
-from .types import CATEGORY, MotionType
+from .types import CATEGORY, MotionType, search_aliases
 
 FOLDER = "tav"
 
@@ -27,6 +27,7 @@ class SaveMotion(io.ComfyNode):
             node_id="TAV_SaveMotion",
             display_name="Save Motion (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("save tuned weights"),
             description="Saves tuned weights as one safetensors file in the models folder `tav`, so that the clip "
             "need not be tuned again. 149 MB for SD 1.5.",
             is_output_node=True,
@@ -75,6 +76,7 @@ class LoadMotion(io.ComfyNode):
             node_id="TAV_LoadMotion",
             display_name="Load Motion (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("load tuned weights"),
             description="Loads tuned weights that Save Motion wrote. Connect them to Inflate UNet together with a "
             "checkpoint of the same family.",
             inputs=[

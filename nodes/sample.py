@@ -12,7 +12,7 @@ from ..tav_core import host, schedule
 from ..tav_core.invert import ddim_invert
 from ..tav_core.sample import ddim_sample
 from .limits import check_limits
-from .types import CATEGORY
+from .types import CATEGORY, search_aliases
 
 LAST_STEPS = ("clip noise level", "zero")
 # Kept in the LATENT beside the inverted samples, so that a masked edit can keep the clip outside its mask.
@@ -29,6 +29,7 @@ class DDIMInvert(io.ComfyNode):
             node_id="TAV_DDIMInvert",
             display_name="DDIM Invert (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("ddim inversion", "invert video", "unsampler"),
             description="Walks a clip back to noise with the tuned model. Sampling from that noise keeps the clip's "
             "motion. Works with TAV Sample, KSampler (Advanced) with add_noise disabled, and SamplerCustomAdvanced "
             "with DisableNoise.",
@@ -82,6 +83,7 @@ class TAVSample(io.ComfyNode):
             node_id="TAV_Sample",
             display_name="TAV Sample (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("video edit", "edit video by prompt", "video to video", "ddim"),
             description="Samples a new video from an inverted clip by DDIM: same motion, new words. With a noise "
             "mask on the latent only the masked part changes.",
             inputs=[

@@ -22,7 +22,7 @@ from ..tav_core.tune import TuneSettings, one_shot_tune
 from ..tav_core.weights import Motion
 from .limits import check_limits
 from .prompt import source_text
-from .types import CATEGORY, MotionType
+from .types import CATEGORY, MotionType, search_aliases
 
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +42,7 @@ class InflateUNet(io.ComfyNode):
             node_id="TAV_InflateUNet",
             display_name="Inflate UNet (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("apply motion", "sparse-causal attention", "temporal attention"),
             description="Makes a Stable Diffusion model see a batch of latents as the frames of one video. With a "
             "motion it samples like the tuned model. LoRAs may come before or after it.",
             inputs=[
@@ -144,6 +145,7 @@ class OneShotTune(io.ComfyNode):
             node_id="TAV_OneShotTune",
             display_name="One-Shot Tune (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("video edit", "train on video", "fine-tune", "one-shot video tuning"),
             description="Tunes a Stable Diffusion model on one clip: only query projections and temporal layers "
             "learn. The model that comes out inverts and samples videos; the checkpoint stays as it was.",
             inputs=[

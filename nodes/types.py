@@ -1,7 +1,16 @@
 """What the nodes' schemas share."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
 CATEGORY = "Tune-A-Video"
 
 MotionType = io.Custom("TAV_MOTION")
+
+_TAKES_ALIASES = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def search_aliases(*words: str) -> dict[str, list[str]]:
+    """For `io.Schema(**...)`: what people type to find a node, besides its name. Older hosts take no such words."""
+    return {"search_aliases": ["tune a video", "tune-a-video", "tav", *words]} if _TAKES_ALIASES else {}

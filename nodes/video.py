@@ -15,8 +15,7 @@ from torch import Tensor
 from ..tav_core import video
 from .limits import check_limits
 from .paths import next_name
-
-CATEGORY = "Tune-A-Video"
+from .types import CATEGORY, search_aliases
 
 
 class LoadVideo(io.ComfyNode):
@@ -30,6 +29,7 @@ class LoadVideo(io.ComfyNode):
             node_id="TAV_LoadVideo",
             display_name="Load Video (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("upload video", "video to frames", "video to images"),
             description="Loads part of a clip as frames, sized for the VAE, together with its sound.",
             inputs=[
                 io.Combo.Input(
@@ -154,6 +154,7 @@ class SaveVideo(io.ComfyNode):
             node_id="TAV_SaveVideo",
             display_name="Save Video (Tune-A-Video)",
             category=CATEGORY,
+            **search_aliases("video combine", "export mp4", "save gif", "images to video"),
             description="Saves frames as mp4, webm or gif in the output folder and plays them in the node. mp4"
             " and webm files hold the workflow: drop one on the canvas to get it back.",
             inputs=[

@@ -105,3 +105,23 @@ def test_the_entrypoint_registers_exactly_the_declared_nodes() -> None:
 def test_every_node_has_a_help_page_and_no_page_is_left_over() -> None:
     assert ROOT / tune_a_video.WEB_DIRECTORY == ROOT / "web"
     assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == declared_node_ids()
+
+
+@pytest.mark.comfyui
+def test_search_finds_nodes_by_the_words_people_type() -> None:
+    """On hosts whose search knows such words; others get schemas without them, and take them."""
+
+    async def schemas() -> dict[str, Any]:
+        extension = await tune_a_video.comfy_entrypoint()
+        return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in await extension.get_node_list()}
+
+    made = asyncio.run(schemas())
+    words = {
+        "tune a video": "TAV_OneShotTune",
+        "tav": "TAV_LoadVideo",
+        "video edit": "TAV_Sample",
+        "ddim inversion": "TAV_DDIMInvert",
+    }
+    if not hasattr(made["TAV_Sample"], "search_aliases"):
+        return  # such a host refuses the argument, so the schemas could only be made without it
+    assert {word: word in made[node_id].search_aliases for word, node_id in words.items()} == dict.fromkeys(words, True)

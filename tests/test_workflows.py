@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_workflow
 
 import workflows
 
@@ -111,7 +112,7 @@ def test_the_order_is_one_to_run_the_nodes_in(workflow: Json) -> None:
 
 
 def test_our_nodes_exist(workflow: Json) -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "nodes").glob("*.py"))
+    sources = "".join(path.read_text() for path in (*(ROOT / "nodes").glob("*.py"), ROOT / "demo" / "loader.py"))
     ours = {node["type"] for node in workflow["nodes"] if node["type"].startswith("TAV_")}
     assert ours and ours <= set(re.findall(r'node_id="(\w+)"', sources))
 
@@ -154,7 +155,71 @@ def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, defini
 def test_stored_values_are_as_many_as_a_node_has_widgets(workflow: Json, definitions: workflows.Definitions) -> None:
     for node in workflow["nodes"]:
         if node["type"] not in workflows.NOTES:
-            assert len(node["widgets_values"]) == len(workflows.widget_inputs(definitions[node["type"]])), node["type"]
+            definition = workflows.without_added(node["type"], definitions[node["type"]])
+            assert len(node["widgets_values"]) == len(workflows.widget_inputs(definition)), node["type"]
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_graph_for_scripts_is_the_workflows_own(path: Path, definitions: workflows.Definitions) -> None:
+    """If not, run tools/workflows.py."""
+    assert read(workflows.API_FOLDER / path.name) == workflows.script_graph(read(path), definitions)
+
+
+@pytest.mark.comfyui
+def test_graphs_for_scripts_give_all_that_this_comfyui_requires(
+    workflow: Json, definitions: workflows.Definitions
+) -> None:
+    """What newer hosts have added too, whatever host wrote the files."""
+    missing = [
+        f"{node['class_type']}.{name}"
+        for node in workflows.script_graph(workflow, definitions).values()
+        for name in definitions[node["class_type"]]["input"].get("required", {})
+        if name not in node["inputs"]
+    ]
+    assert missing == []
+
+
+def test_every_workflow_has_a_graph_for_scripts_and_none_is_left_over() -> None:
+    assert {path.name for path in workflows.API_FOLDER.glob("*")} == {path.name for path in FILES}
+
+
+def test_every_workflow_has_a_picture_for_the_template_browser() -> None:
+    """If not, run tools/template_pictures.py."""
+    pictures = sorted((ROOT / "workflows").glob("*.jpg"))
+    assert [path.stem for path in pictures] == [path.stem for path in FILES]
+    assert all(path.read_bytes()[:3] == b"\xff\xd8\xff" for path in pictures)
+
+
+def test_the_readme_lists_every_workflow() -> None:
+    listed = re.findall(r"^\| `(tune-a-video-[\w-]+)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert listed == list(workflows.WORKFLOWS)
+
+
+def test_notes_point_to_templates_that_exist() -> None:
+    named = {
+        name
+        for path in FILES
+        for node in read(path)["nodes"]
+        if node["type"] in workflows.NOTES
+        for name in re.findall(r"\(template \*([\w-]+)\*\)", node["widgets_values"][0])
+    }
+    assert len(named) >= 4
+    assert {f"tune-a-video-{name}" for name in named} <= set(workflows.WORKFLOWS)
+
+
+def test_the_demo_workflows_clip_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If not, copy what `make demo` leaves as demo-output/source.mp4."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    from clips import CLIPS
+    from tune_a_video.tav_core.video import load_clip
+
+    drawn = next(clip for clip in CLIPS if clip.name == Path(workflows.DRAWN.file).stem)
+    assert drawn.prompt == workflows.DRAWN.prompt
+    loaded = load_clip(ROOT / "demo" / workflows.DRAWN.file, frame_count=0, width=64, height=64)
+    expected = drawn.images()
+    assert loaded.images.shape == expected.shape
+    assert (loaded.images - expected).abs().mean() < 0.02
 
 
 def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
@@ -195,3 +260,36 @@ def test_a_muted_node_is_refused() -> None:
     workflow["nodes"][0]["mode"] = 4
     with pytest.raises(ValueError, match="Load"):
         workflows.to_api(workflow, canvas.definitions)
+
+
+def script_example() -> Json:
+    return {
+        "1": {"class_type": "TAV_LoadVideo", "inputs": {"file": "a.mp4", "width": 512}, "_meta": {"title": "clip"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["3", 1], "text": "a"}, "_meta": {"title": "source"}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["3", 1], "text": "b"}, "_meta": {"title": "edit"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "changed"),
+    [
+        ("file=b=c.mp4", {("1", "file"): "b=c.mp4"}),
+        ("width=256", {("1", "width"): 256}),
+        ("text=", {("2", "text"): "", ("4", "text"): ""}),
+        ("edit.text=a panda. big", {("4", "text"): "a panda. big"}),
+        ("2.text=x", {("2", "text"): "x"}),
+        ("TAV_LoadVideo.file=x", {("1", "file"): "x"}),
+    ],
+)
+def test_a_script_changes_inputs_by_name(assignment: str, changed: dict[tuple[str, str], Any]) -> None:
+    graph, expected = script_example(), script_example()
+    for (node, name), value in changed.items():
+        expected[node]["inputs"][name] = value
+    run_workflow.change(graph, assignment)
+    assert graph == expected
+
+
+@pytest.mark.parametrize("assignment", ["no_such=1", "edit.width=1", "clip=1", "width=wide"])
+def test_a_change_that_changes_nothing_is_refused(assignment: str) -> None:
+    with pytest.raises(ValueError):
+        run_workflow.change(script_example(), assignment)

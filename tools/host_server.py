@@ -139,6 +139,11 @@ class HostServer:
         self.stop()
 
     @property
+    def port(self) -> int:
+        """The port of 127.0.0.1 that it serves at."""
+        return self._port
+
+    @property
     def input_folder(self) -> Path:
         return self.base / "input"
 

@@ -35,21 +35,25 @@ Weights = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class UNetLayout:
-    """A UNet in the LDM layout with one residual block a level.
+    """A UNet in the LDM layout.
 
     channel_mult: channels of each level in units of 320.
     attention: per level, whether it has a transformer (the middle block always has one).
     context: width of the text conditioning: 768 for SD 1.x, 1024 for SD 2.x.
     linear: transformers projected by linear layers (SD 2.x) instead of 1x1 convolutions (SD 1.x).
+    res_blocks: residual blocks a level.
     """
 
     channel_mult: tuple[int, ...] = (1, 2)
     attention: tuple[bool, ...] = (True, False)
     context: int = 768
     linear: bool = False
+    res_blocks: int = 1
 
 
 SD1 = UNetLayout()
+# As many blocks a level as SD 1.x has: the skip connections that a T2I-Adapter adds to are counted from the first.
+SD1_TWO_BLOCKS = UNetLayout(res_blocks=2)
 SD1_SHALLOW = UNetLayout(channel_mult=(1,), attention=(True,))
 SD2_SHALLOW = UNetLayout(channel_mult=(1,), attention=(True,), context=1024, linear=True)
 
@@ -118,12 +122,13 @@ def _encoder_half(layout: UNetLayout) -> tuple[Shapes, list[int]]:
         if level > 0:
             shapes |= _layer(f"input_blocks.{len(skips)}.0.op", channels, channels, kernel=3)
             skips.append(channels)
-        block = f"input_blocks.{len(skips)}"
-        shapes |= _res_block(f"{block}.0", channels, BASE_CHANNELS * mult)
-        channels = BASE_CHANNELS * mult
-        if layout.attention[level]:
-            shapes |= _transformer(f"{block}.1", channels, layout)
-        skips.append(channels)
+        for _ in range(layout.res_blocks):
+            block = f"input_blocks.{len(skips)}"
+            shapes |= _res_block(f"{block}.0", channels, BASE_CHANNELS * mult)
+            channels = BASE_CHANNELS * mult
+            if layout.attention[level]:
+                shapes |= _transformer(f"{block}.1", channels, layout)
+            skips.append(channels)
     shapes |= _res_block("middle_block.0", channels, channels)
     shapes |= _transformer("middle_block.1", channels, layout)
     shapes |= _res_block("middle_block.2", channels, channels)
@@ -137,13 +142,13 @@ def unet_shapes(layout: UNetLayout) -> Shapes:
     index = 0
     for level in reversed(range(len(layout.channel_mult))):
         level_channels = BASE_CHANNELS * layout.channel_mult[level]
-        for position in range(2):
+        for position in range(layout.res_blocks + 1):
             block = f"output_blocks.{index}"
             shapes |= _res_block(f"{block}.0", channels + skips.pop(), level_channels)
             channels = level_channels
             if layout.attention[level]:
                 shapes |= _transformer(f"{block}.1", channels, layout)
-            if level > 0 and position == 1:
+            if level > 0 and position == layout.res_blocks:
                 upsample = 2 if layout.attention[level] else 1
                 shapes |= _layer(f"{block}.{upsample}.conv", channels, channels, kernel=3)
             index += 1
@@ -288,6 +293,60 @@ def controlnet_weights(layout: UNetLayout, seed: int) -> Weights:
     """A random ControlNet that has not been zero-initialised, so that hints make a difference at once."""
     # SiLU without norms in between would let the hint fade on its way through eight convolutions.
     return random_weights(controlnet_shapes(layout), seed, {"input_hint_block": 1.8})
+
+
+def t2i_adapter_weights(seed: int) -> Weights:
+    """A random T2I-Adapter of the light kind, which ComfyUI knows in one size only: that of SD 1.x."""
+    shapes: Shapes = {}
+    channels_in = 3 * 8 * 8
+    for level, channels in enumerate((320, 640, 1280, 1280)):
+        inner = channels // 4
+        shapes |= _layer(f"body.{level}.in_conv", inner, channels_in, kernel=1)
+        for block in range(4):
+            for convolution in ("block1", "block2"):
+                shapes |= _layer(f"body.{level}.body.{block}.{convolution}", inner, inner, kernel=3)
+        shapes |= _layer(f"body.{level}.out_conv", channels, inner, kernel=1)
+        channels_in = channels
+    return random_weights(shapes, seed)
+
+
+def text_encoder_weights(seed: int) -> Weights:
+    """A random CLIP-L text encoder with its projection, in the layout of clip_l.safetensors."""
+    shapes = {f"text_model.{name}": shape for name, shape in clip_shapes().items()}
+    return random_weights({**shapes, **_layer("text_projection", CLIP_WIDTH, CLIP_WIDTH, bias=False)}, seed)
+
+
+def clip_vision_weights(seed: int) -> Weights:
+    """A random CLIP ViT-L/14, the smallest that ComfyUI's loader knows (600 MB): layers are each other's copies."""
+    width, layers = 1024, 24
+    layer: Shapes = {
+        **_norm("layer_norm1", width),
+        **_layer("mlp.fc1", 4 * width, width),
+        **_layer("mlp.fc2", width, 4 * width),
+        **_norm("layer_norm2", width),
+    }
+    for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= _layer(f"self_attn.{projection}", width, width)
+    ends: Shapes = {
+        "vision_model.embeddings.position_embedding.weight": (257, width),
+        **_layer("vision_model.embeddings.patch_embedding", width, 3, kernel=14, bias=False),
+        **_norm("vision_model.pre_layrnorm", width),
+        **_norm("vision_model.post_layernorm", width),
+        **_layer("visual_projection", CLIP_WIDTH, width, bias=False),
+    }
+    weights = random_weights(ends, seed)
+    weights["vision_model.embeddings.class_embedding"] = weights["vision_model.embeddings.position_embedding.weight"][
+        0
+    ].clone()
+    for name, weight in random_weights(layer, seed + 1).items():
+        for index in range(layers):
+            weights[f"vision_model.encoder.layers.{index}.{name}"] = weight.clone()
+    return weights
+
+
+def embedding_weights(tokens: int, seed: int) -> Weights:
+    """A textual inversion embedding of some tokens for CLIP-L."""
+    return {"emb_params": torch.randn(tokens, CLIP_WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.5}
 
 
 def sd3_weights(seed: int) -> Weights:

@@ -167,6 +167,23 @@ def text_to_image(graph: Graph, loaded: Checkpoint, end_at_step: int = 10000) ->
     return save_latent(graph, latent), graph.add("SaveImage", images=image, filename_prefix="stock")
 
 
+class Edit:
+    """A tuned model and all that an edit needs."""
+
+    def __init__(self, motion_file: str, frames: int = FRAMES) -> None:
+        graph = self.graph = Graph()
+        self.loaded = checkpoint(graph)
+        self.motion = graph.add("TAV_LoadMotion", file=motion_file)[0]
+        self.model = inflate(graph, self.loaded.model, motion=self.motion)
+        self.latent = clip_latent(graph, self.loaded.vae, frames)
+        self.positive = text(graph, self.loaded.clip, EDIT_PROMPT)
+        self.negative = text(graph, self.loaded.clip, "")
+
+    def video(self, model: Link, positive: Link | None = None, negative: Link | None = None, **changes: Any) -> Link:
+        """The edit's latents, with other conditionings if given."""
+        return sample(self.graph, model, positive or self.positive, negative or self.negative, self.latent, **changes)
+
+
 def save_latent(graph: Graph, latent: Link) -> Node:
     return graph.add("SaveLatent", samples=latent, filename_prefix="latent")
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from graphs import PACK
 
 pytestmark = pytest.mark.host
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NODES = (
     "TAV_LoadVideo",
@@ -16,6 +21,9 @@ NODES = (
     "TAV_SaveVideo",
     "TAV_SaveMotion",
     "TAV_LoadMotion",
+    "TAV_EvaluateVideo",
+    "TAV_CompareVideos",
+    "TAV_LoadDemoModel",
 )
 
 
@@ -28,7 +36,7 @@ def object_info(server):
 def test_node_is_ours_and_documented(object_info, node_id):
     info = object_info[node_id]
     assert info["python_module"] == f"custom_nodes.{PACK}"
-    assert info["category"] == "Tune-A-Video"
+    assert info["category"] == "Tune-A-Video" + ("/demo" if node_id == "TAV_LoadDemoModel" else "")
     assert info["description"]
     inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
     for name, (_, options) in inputs.items():
@@ -50,3 +58,10 @@ def test_core_video_nodes_keep_their_names(object_info):
 
 def test_no_pack_failed_to_import(server):
     assert "IMPORT FAILED" not in server.log()
+
+
+@pytest.mark.parametrize("language", ["ko", "zh", "ja"])
+def test_translations_are_served(server, language):
+    written = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    served = server.get("/i18n")[language]["nodeDefs"]
+    assert {node: served[node] for node in NODES} == written

@@ -14,34 +14,17 @@ from graphs import (
     FRAMES,
     SIZE,
     STEPS,
+    Edit,
     Graph,
     checkpoint,
-    clip_latent,
     inflate,
     load_video,
     relative_error,
-    sample,
     text,
 )
 from PIL import Image
 
 pytestmark = [pytest.mark.host, pytest.mark.shared]
-
-
-class Edit:
-    """A tuned model and all that an edit needs."""
-
-    def __init__(self, motion_file):
-        graph = self.graph = Graph()
-        self.loaded = checkpoint(graph)
-        self.motion = graph.add("TAV_LoadMotion", file=motion_file)[0]
-        self.model = inflate(graph, self.loaded.model, motion=self.motion)
-        self.latent = clip_latent(graph, self.loaded.vae)
-        self.positive = text(graph, self.loaded.clip, EDIT_PROMPT)
-        self.negative = text(graph, self.loaded.clip, "")
-
-    def video(self, model, positive=None):
-        return sample(self.graph, model, positive or self.positive, self.negative, self.latent)
 
 
 def test_ksampler_on_the_tuned_model(server, motion_file):

@@ -85,6 +85,63 @@ class ProbeRecord:
         return (recorded,)
 
 
+class ProbeImagePrompt:
+    """Patches every cross-attention as IPAdapter does: attention to further tokens is added to the text's."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "strength": ("FLOAT",), "seed": ("INT",)}}
+
+    def run(self, model, strength, seed):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        patched = model.clone()
+
+        def attend(q, k, v, extra_options):
+            out = optimized_attention(q, k, v, extra_options["n_heads"])
+            rows = q.shape[0] // len(extra_options["cond_or_uncond"])
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.randn(2, 1, 4, q.shape[-1], generator=generator).to(q)
+            for position, chunk in enumerate(extra_options["cond_or_uncond"]):
+                if chunk == 0:  # the positive prompt
+                    part = slice(position * rows, (position + 1) * rows)
+                    ip_k, ip_v = (each.expand(rows, -1, -1) for each in tokens)
+                    out[part] += strength * optimized_attention(q[part], ip_k, ip_v, extra_options["n_heads"])
+            return out
+
+        for block, count in (("input", 12), ("middle", 1), ("output", 12)):
+            for number in range(count):
+                patched.set_model_attn2_replace(attend, block, number)
+        return (patched,)
+
+
+class ProbeOffloaded:
+    """The model as it runs where no memory is left for it: weights stay offloaded, fetched layer by layer."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        offloaded = model.clone()
+        load = type(offloaded).partially_load
+
+        class Offloaded(type(offloaded)):
+            def partially_load(self, device_to, extra_memory=0, *args, **kwargs):
+                return load(self, device_to, 1, *args, **kwargs)
+
+        offloaded.__class__ = Offloaded
+        return (offloaded,)
+
+
 class ProbeConditioning:
     """Random conditioning: `entries` of `batch` texts each, `width` wide, with a pooled vector of `pooled`."""
 
@@ -178,6 +235,7 @@ class ProbeSDXL:
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
-        ProbeHints, ProbeSeparateConds, ProbeRecord, ProbeConditioning, ProbeLatent, ProbeSDXL,
+        ProbeHints, ProbeSeparateConds, ProbeRecord, ProbeImagePrompt, ProbeOffloaded, ProbeConditioning, ProbeLatent,
+        ProbeSDXL,
     )
 }  # fmt: skip

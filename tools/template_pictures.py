@@ -1,0 +1,91 @@
+"""Pictures of the workflows for ComfyUI's template browser: NAME.jpg beside NAME.json, as the front end draws them.
+
+    python tools/template_pictures.py [--comfyui PATH] [--browser PATH] [NAME ...]
+
+Needs playwright (`pip install playwright`) and a Chromium, which no other tool does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import engine
+from host_server import HostServer
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+import workflows
+
+VIEW = {"width": 2400, "height": 1350}
+PICTURE = (1200, 675)
+# Menus and side bars lie over the canvas.
+HIDDEN = """
+.comfyui-body-top, .comfyui-body-bottom, .comfyui-body-left, .comfyui-body-right, .side-tool-bar-container,
+.p-toast, .graph-canvas-panel .p-buttongroup, .comfyui-menu, .actionbar, .p-dialog-mask, .minimap-main-container,
+.selection-toolbox, .workflow-tabs-container { display: none !important }
+"""
+FIT = """
+graph => {
+    const boxes = graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+    for (const {bounding: [x, y, w, h]} of graph.groups) boxes.push([x, y, x + w, y + h]);
+    const left = Math.min(...boxes.map(b => b[0])) - 40, top = Math.min(...boxes.map(b => b[1])) - 40;
+    const right = Math.max(...boxes.map(b => b[2])) + 40, bottom = Math.max(...boxes.map(b => b[3])) + 40;
+    const {clientWidth, clientHeight} = app.canvas.canvas;
+    const view = app.canvas.ds;
+    view.scale = Math.min(clientWidth / (right - left), clientHeight / (bottom - top));
+    view.offset[0] = (clientWidth / view.scale - right - left) / 2;
+    view.offset[1] = (clientHeight / view.scale - bottom - top) / 2;
+    app.canvas.setDirty(true, true);
+    return app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type);
+}
+"""
+
+
+def picture(page: Page, name: str) -> Image.Image:
+    """The workflow on the canvas, all of it. RuntimeError if the front end does not know one of its nodes."""
+    graph = json.loads((workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    page.wait_for_timeout(1500)
+    unknown = page.evaluate(FIT, graph)
+    if unknown:
+        raise RuntimeError(f"{name}: the front end does not know {', '.join(unknown)}")
+    page.add_style_tag(content=HIDDEN)
+    page.wait_for_timeout(1500)
+    shot = Image.open(io.BytesIO(page.screenshot(timeout=120_000)))
+    return shot.convert("RGB").resize(PICTURE, Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    """Write workflows/*.jpg."""
+    parser = argparse.ArgumentParser(description="Draw the pack's workflows in ComfyUI's own front end.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
+    parser.add_argument("--browser", metavar="PATH", default=shutil.which("chromium"), help="default: chromium")
+    options = parser.parse_args()
+    comfyui = engine.find_comfyui(options.comfyui)
+    if comfyui is None:
+        parser.error("no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI; give one with --comfyui")
+    with (
+        tempfile.TemporaryDirectory() as base,
+        HostServer(comfyui, Path(base), {workflows.PACK: workflows.ROOT}) as server,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
+        page = browser.new_page(viewport=VIEW)
+        page.goto(f"http://127.0.0.1:{server.port}", timeout=180_000)
+        page.wait_for_function("Boolean(window.app?.graph && app.canvas && LiteGraph.registered_node_types.TAV_Sample)",
+                               timeout=180_000)  # fmt: skip
+        page.wait_for_timeout(3000)
+        for name in options.names or workflows.WORKFLOWS:
+            picture(page, name).save(workflows.FOLDER / f"{name}.jpg", quality=85, optimize=True)
+            print(name, flush=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
