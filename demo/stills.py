@@ -17,7 +17,7 @@ from sprites import Scene
 from torch import Tensor
 
 STEPS = 25
-GUIDANCE = 4.0
+GUIDANCE = 5.0
 _BATCH = 20
 
 

@@ -48,10 +48,10 @@ METHODS = (
 class Settings:
     """How the demo's model is tuned and sampled; what suits a small model, in the order of Stable Diffusion's."""
 
-    tune_steps: int = 150
+    tune_steps: int = 120
     learning_rate: float = 3e-4
-    ddim_steps: int = 25
-    guidance: float = 7.5
+    ddim_steps: int = 20
+    guidance: float = 5.0
 
 
 Parts = tuple[Any, Any, Any]

@@ -10,11 +10,14 @@ from comfy_api.latest import io
 
 from ..tav_core.low_rank import KEPT_KEY, compress, expand
 from ..tav_core.weights import Motion, load_motion, save_motion
+from .paths import next_name
 from .types import CATEGORY, MotionType, search_aliases
 
 FOLDER = "tav"
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+# Without this the list would show whatever lies there, unfinished files included.
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 class SaveMotion(io.ComfyNode):
@@ -54,14 +57,14 @@ class SaveMotion(io.ComfyNode):
 
     @classmethod
     def execute(cls, motion: Motion, filename_prefix: str, rank: int = 0) -> io.NodeOutput:
-        """Write the file; the path cannot leave the models folder (the host sees to it)."""
+        """Write the file; ValueError for a prefix that leaves the models folder or is no name."""
         said = ""
         if rank:
             motion = compress(motion, rank)
             said = f" (keeps {float(motion.metadata[KEPT_KEY]):.0%} of what was learnt)"
         root = folder_paths.get_folder_paths(FOLDER)[0]
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        folder, name, _ = next_name(filename_prefix, root, "skiing")
+        path = Path(folder) / f"{name}.safetensors"
         save_motion(motion, path)
         return io.NodeOutput(str(path), ui={"text": [str(path) + said]})
 

@@ -27,7 +27,7 @@ def next_name(prefix: str, root: str, example: str, width: int = 0, height: int 
         raise ValueError(f"filename_prefix: it is longer than {LONGEST_NAME} bytes; {remedy}")
     if any(map(_RESERVED.fullmatch, parts[:-1])) or any("\ud800" <= c <= "\udfff" for c in prefix):
         raise ValueError(f"filename_prefix: {prefix!r} is not a name that every system takes; {remedy}")
-    leaves = ValueError(f"filename_prefix: '{prefix}' leaves the output folder; {remedy}")
+    leaves = ValueError(f"filename_prefix: '{prefix}' leaves the folder that files are saved in; {remedy}")
     inside = os.path.realpath(root)
     if not Path(os.path.realpath(os.path.join(inside, os.path.dirname(os.path.normpath(prefix))))).is_relative_to(
         inside

@@ -31,7 +31,8 @@ def test_a_row_has_a_verdict_and_a_test_that_exists(row: list[str]) -> None:
     assert verdict in VERDICTS
     assert to_know or verdict == "works", f"{name} does not say what its limit is"
     file, _, function = test.strip("`").partition("::")
-    tree = ast.parse((ROOT / "tests" / "host" / file).read_text(encoding="utf-8"))
+    path = next(path for path in (ROOT / "tests" / "host" / file, ROOT / "tests" / file) if path.is_file())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -271,10 +271,10 @@ def test_a_conditioning_of_another_shape_is_refused(nodes: Any) -> None:
         ("a/" * 500 + "b", "longer than 200 bytes"),
         ("CON/clip", "not a name that every system takes"),
         ("\ud800", "not a name that every system takes"),
-        ("../clip", "leaves the output folder"),
-        ("a/../../clip", "leaves the output folder"),
-        ("/clip", "leaves the output folder"),
-        ("linked/clip", "leaves the output folder"),
+        ("../clip", "leaves the folder"),
+        ("a/../../clip", "leaves the folder"),
+        ("/clip", "leaves the folder"),
+        ("linked/clip", "leaves the folder"),
     ],
 )
 def test_names_to_save_under(tmp_path: Path, prefix: str, message: str) -> None:

@@ -496,8 +496,8 @@ The model is tuned on the clip's first 24 frames and then inverts and samples al
 
 - *Context Windows (Manual)*: *dim* 0, since frames lie on the batch axis. A larger *context_overlap* makes smoother \
 transitions and takes longer.
-- Each window looks back at its own first frame, so a subject may drift from window to window. A scene that stays \
-alike over the whole clip, and a LoRA or ControlNet, keep it together.
+- Every window attends to the clip's first frame, so the subject stays the same from window to window; temporal \
+attention sees one window at a time. A ControlNet takes one hint for all frames here, not one for each.
 - The clip's motion changes later on: tune on those frames, with *batch_index* of *tuned frames*.
 - Memory for tuning grows with the tuned frames, for sampling with *context_length*, and for the VAE with the clip.
 """
