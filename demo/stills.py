@@ -89,6 +89,5 @@ def check(weights: Path, count: int, seed: int, output: Path) -> dict[str, float
     columns = 16
     shown = (pictures[: len(pictures) // columns * columns] * 255).round().byte().numpy()
     rows = [np.concatenate(list(shown[i : i + columns]), 1) for i in range(0, len(shown), columns)][:8]
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(output / "stills.png")
+    Image.fromarray(np.concatenate(rows)).save(output / "stills.png")
     return found
