@@ -280,6 +280,8 @@ class OneShotTune(io.ComfyNode):
             on_losses=progress.losses,
             checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
         )
+        if progress.begun is None:  # the run was on disk already
+            progress.bar.update_absolute(steps, steps)
         height, width = samples.shape[-2:]
         metadata = {
             "base_family": host.family(model),

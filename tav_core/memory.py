@@ -209,8 +209,10 @@ def _counting(unet: torch.nn.Module) -> Iterator[dict[str, _Counted]]:
         running.pop()
 
     def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
         address = tensor.untyped_storage().data_ptr()
-        if running and address not in seen:
+        # A parameter that is saved as it is takes no memory of its own.
+        if running and address not in seen and not (base.is_leaf and base.requires_grad):
             seen[address] = tensor
             found[running[-1]].saved += tensor.untyped_storage().nbytes()
         return tensor

@@ -105,7 +105,7 @@ def accepted(value, kind, options):
         return value in options["options"]
     if kind in ("INT", "FLOAT"):
         whole = kind == "FLOAT" or isinstance(value, int)
-        return whole and not isinstance(value, bool) and options["min"] <= value <= options["max"]
+        return whole and not isinstance(value, bool) and options.get("min", value) <= value <= options.get("max", value)
     return isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind])
 
 
