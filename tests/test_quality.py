@@ -1,6 +1,7 @@
 """The method edits: the shortened ablation, one clip and one edit with the demo's model.
 
-Fails if the full method stops beating any of its ablations, whatever the reason: the model, the method, the host.
+Fails if the full method stops making the edit, or stops beating an ablation in what it beats it in (docs/ablation.md:
+on drawn sprites ST-Attn makes no difference that could be held here, so it is not among them).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "demo"), str(ROOT / "bench")]
 
-import ablation  # noqa: E402
+import ablation as ablations  # noqa: E402
 import clips  # noqa: E402
 import sprites  # noqa: E402
 import study  # noqa: E402
 import tiny_sd  # noqa: E402
 
-CLIP = next(clip for clip in clips.CLIPS if clip.name == ablation.PICTURED)
-KIND = "background"
+CLIP = next(clip for clip in clips.CLIPS if clip.name == ablations.PICTURED)
+KIND = "object"
+METHODS = tuple(method for method in study.METHODS if method.name != "without ST-Attn")
 
 Measured = dict[str, dict[str, float]]
 
@@ -31,9 +33,7 @@ def measured() -> Measured:
     """Figures by method."""
     edit = next(edit for edit in clips.edits(CLIP) if edit.kind == KIND)
     with torch.inference_mode():
-        videos = study.edited_videos(
-            tiny_sd.load(), CLIP, [edit], study.METHODS, study.Settings(), 0, lambda name: None
-        )
+        videos = study.edited_videos(tiny_sd.load(), CLIP, [edit], METHODS, study.Settings(), 0, lambda name: None)
         embed = tiny_sd.embedder()
         return {method: study.measure(CLIP.images(), made[KIND], edit, embed) for method, made in videos.items()}
 
@@ -46,4 +46,11 @@ def test_the_full_method_makes_the_edit_and_keeps_the_motion(measured: Measured)
 
 def test_without_inversion_the_motion_is_lost(measured: Measured) -> None:
     assert measured["without inversion"]["trajectory"] > 2 * measured["full method"]["trajectory"]
-    assert measured["without inversion"]["motion alignment"] < measured["full method"]["motion alignment"]
+    assert measured["without inversion"]["motion alignment"] < 0.5 * measured["full method"]["motion alignment"]
+    assert measured["without inversion"]["frame consistency"] < measured["full method"]["frame consistency"]
+
+
+@pytest.mark.parametrize("ablation", ["without tuning", "frame by frame"])
+def test_untuned_it_follows_the_motion_less_closely(measured: Measured, ablation: str) -> None:
+    assert measured[ablation]["motion alignment"] < measured["full method"]["motion alignment"]
+    assert measured[ablation]["warp error"] > measured["full method"]["warp error"]
