@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,15 +150,25 @@ class TextModel(comfy.sd1_clip.SDClipModel):
     """CLIP's text model with 2 layers and 24 positions."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        super().__init__(
-            device=device,
-            max_length=TOKENS,
-            textmodel_json_config=dict(_TEXT),
-            dtype=dtype,
-            special_tokens=_SPECIAL_TOKENS,
-            return_projected_pooled=False,
-            model_options=model_options or {},
-        )
+        with _json_file(_TEXT) as config:
+            super().__init__(
+                device=device,
+                max_length=TOKENS,
+                textmodel_json_config=config,
+                dtype=dtype,
+                special_tokens=_SPECIAL_TOKENS,
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+
+
+@contextmanager
+def _json_file(values: dict[str, Any]) -> Iterator[str]:
+    """Path of a file with these values: older hosts take no others."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(values))
+        yield str(path)
 
 
 class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
@@ -216,10 +227,8 @@ def load(path: Path = WEIGHTS) -> tuple[Any, Any, Any]:
 def load_vision(path: Path = WEIGHTS) -> Any:
     """The CLIP_VISION that belongs to the CLIP of ``load``: both put pictures and sentences into one space."""
     weights = comfy.utils.load_torch_file(str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps(VISION))
-        vision = comfy.clip_vision.ClipVisionModel(str(config))
+    with _json_file(VISION) as config:
+        vision = comfy.clip_vision.ClipVisionModel(config)
     part = {k.removeprefix("vision."): v.float() for k, v in weights.items() if k.startswith("vision.")}
     vision.load_sd(part)
     return vision
