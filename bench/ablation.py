@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -47,13 +48,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    weights = hashlib.sha256(tiny_sd.WEIGHTS.read_bytes()).hexdigest()
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         parts, embed = tiny_sd.load(), tiny_sd.embedder()
         for seed in range(arguments.seeds):
             for clip in clips:
                 file = output / f"{clip.name}-{seed}.json"
-                key = {"settings": vars(settings), "weights": _stamp(tiny_sd.WEIGHTS), "edits": arguments.edits}
+                prompts = [clip.prompt, *(edit.prompt for edit in edits(clip)[: arguments.edits])]
+                key = {"settings": vars(settings), "weights": weights, "prompts": prompts}
                 if file.exists() and json.loads(file.read_text())["key"] == key:
                     found = json.loads(file.read_text())["rows"]
                 else:
@@ -78,10 +81,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "claims": claims(rows),
         "rows": rows,
     }
-
-
-def _stamp(file: Path) -> int:
-    return file.stat().st_size
 
 
 def _one(

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..tav_core.low_rank import KEPT_KEY, compress, expand
 from ..tav_core.weights import Motion, load_motion, save_motion
+from .limits import check_limits
 from .paths import next_name
 from .types import CATEGORY, MotionType, search_aliases
 
@@ -58,6 +59,7 @@ class SaveMotion(io.ComfyNode):
     @classmethod
     def execute(cls, motion: Motion, filename_prefix: str, rank: int = 0) -> io.NodeOutput:
         """Write the file; ValueError for a prefix that leaves the models folder or is no name."""
+        check_limits(cls, rank=rank)
         said = ""
         if rank:
             motion = compress(motion, rank)

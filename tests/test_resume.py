@@ -88,7 +88,6 @@ def copy_of(folder: Path, to: Path) -> Path:
     return Path(shutil.copy(source, to))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_and_cancelled_runs_end_with_the_weights_of_an_undisturbed_one(comfyui: Path | None) -> None:
     command = [sys.executable, Path(__file__).with_name("interrupted.py"), "--kills", "3", "--cancels", "2"]
     done = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True)

@@ -252,7 +252,7 @@ def test_a_crash_of_decord_is_its_own_affair(
     assert "_decord_frames does not read it (std::bad_alloc)" in caplog.text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="has no limit of a process's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to a limit of its memory")
 def test_decord_has_only_so_much_memory(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     info = video.probe(clips["plain.mp4"])
     assert len(list(video._decord_frames(info, range(3)))) == 3

@@ -19,7 +19,6 @@ import workflows
 pytestmark = [pytest.mark.host, pytest.mark.shared]
 
 # As in demo/tiny_sd.py, which only a host can import.
-DEMO_WEIGHTS = workflows.ROOT / "demo" / "model" / "tiny-sd.safetensors"
 FILES = sorted(workflows.FOLDER.glob("*.json"))
 DREAMBOOTH, TWO_BLOCKS = "dreambooth.safetensors", "two-blocks.safetensors"
 # What stands in the files for models that a user has, and the small ones of the tests.
@@ -78,8 +77,6 @@ def definitions(server, stand_ins, motion_file):
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
 def graph(request, definitions, motion_file):
     """The workflow's graph for scripts, with the tests' model files."""
-    if request.param.stem == "tune-a-video-demo-model" and not DEMO_WEIGHTS.exists():
-        pytest.skip(f"{DEMO_WEIGHTS} has not been trained")
     nodes = json.loads((workflows.API_FOLDER / request.param.name).read_text(encoding="utf-8"))
     ours = OUR_MODELS | {workflows.MOTION: motion_file}
     if request.param.stem == "tune-a-video-t2i-adapter":
