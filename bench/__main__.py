@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     ablation.add_argument("--clips", type=int, default=8)
     ablation.add_argument("--edits", type=int, default=4)
     ablation.add_argument("--seeds", type=int, default=3)
+    ablation.add_argument("--workers", type=int, default=1, help="processes that share the clips; Linux and macOS")
     ablation.add_argument(
         "--output", type=Path, default=ROOT / "ablation-output", help="folder for results as they come"
     )

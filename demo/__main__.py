@@ -9,8 +9,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,14 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train the demo's model")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--autoencoder-steps", type=int, default=2500)
-    train.add_argument("--steps", type=int, default=4500, help="of the UNet and the text model")
+    train.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[4500, 5000],
+        help="of the UNet and the text model, one number for each cycle of the learning rate",
+    )
+    train.add_argument("--start", type=Path, help="finished weights to go on from; --seed then counts the cycle")
     train.add_argument("--device", default="cuda" if _has_cuda() else "cpu")
     train.add_argument("--threads", type=int, default=os.cpu_count())
     train.add_argument("--to", type=Path, default=ROOT / "demo" / "model", help="folder for the weights")
@@ -82,6 +89,7 @@ def train(arguments: argparse.Namespace, comfyui: Path | None) -> None:
         arguments.steps,
         torch.device(arguments.device),
         arguments.scratch,
+        arguments.start,
     )
 
 
@@ -108,45 +116,52 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
 
     output: Path = arguments.output
     made_from = job.fingerprint(tiny_sd.WEIGHTS)
-    if not arguments.again and _done(output, job.files(), made_from):
+    # All is made in here and moved out at the end, so that an interrupted run leaves no half of a result.
+    folder = output / f".unfinished-{made_from}"
+    if arguments.again:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif _done(output, job.files(), made_from):
         print(f"Done already; --again makes everything anew. The results are in {output}:")
         _show(json.loads((output / job.REPORT).read_text()), output)
         return
-    output.mkdir(parents=True, exist_ok=True)
-    # All is made in here and moved out at the end, so that an interrupted run leaves no half of a result.
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as scratch:
-        folder = Path(scratch)
-        job.save_source(folder)
-        if comfyui:
-            import on_host as way
+    for other in output.glob(".unfinished-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    if folder.exists():
+        print("Going on with a run that was cut off.", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    job.save_source(folder)
+    if comfyui:
+        import on_host as way
 
-            seconds = way.run(comfyui, folder)
-        else:
-            print(f"No ComfyUI: running on {host}.", flush=True)
-            import on_engine as way
+        seconds = way.run(comfyui, folder)
+    else:
+        print(f"No ComfyUI: running on {host}.", flush=True)
+        import on_engine as way
 
-            seconds = way.run(folder)
-        with torch.inference_mode():
-            table = job.results(folder, tiny_sd.embedder())
-        rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
-        for edit in job.EDITS:
-            frames = video.load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
-            rows.append((f"{edit.kind}: {edit.prompt}", job.reduced(frames)))
-        sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
-        Image.fromarray(sheet).save(folder / job.CONTACT_SHEET)
-        report: dict[str, Any] = {
-            "made_from": made_from,
-            "host": host,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "source_prompt": job.CLIP.prompt,
-            "settings": vars(job.SETTINGS),
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            "total_seconds": round(time.monotonic() - started, 1),
-            "edits": table,
-        }
-        (folder / job.REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        for name in job.files():
-            os.replace(folder / name, output / name)
+        seconds = way.run(folder)
+    with torch.inference_mode():
+        table = job.results(folder, tiny_sd.embedder())
+    rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
+    for edit in job.EDITS:
+        frames = video.load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
+        rows.append((f"{edit.kind}: {edit.prompt}", job.reduced(frames)))
+    sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
+    Image.fromarray(sheet).save(folder / job.CONTACT_SHEET)
+    report: dict[str, Any] = {
+        "made_from": made_from,
+        "host": host,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "source_prompt": job.CLIP.prompt,
+        "settings": vars(job.SETTINGS),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "total_seconds": round(time.monotonic() - started, 1),
+        "edits": table,
+    }
+    (folder / job.REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    for name in job.files():
+        os.replace(folder / name, output / name)
+    shutil.rmtree(folder)
     print(f"\nDone in {report['total_seconds']:.0f} s:")
     _show(report, output)
     print(way.EXERCISED)
@@ -184,4 +199,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing was kept. (A training goes on from its last checkpoint.)")
+        sys.exit("\nInterrupted; the same command goes on from here.")

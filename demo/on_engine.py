@@ -22,7 +22,10 @@ EXERCISED = "NOT exercised: ComfyUI's server and the nodes. The engine from PyPI
 
 
 def run(folder: Path) -> dict[str, float]:
-    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part."""
+    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part.
+
+    Edits that are there are not made again. Cancelled, a tuning keeps its state below `folder` and goes on from it.
+    """
     seconds: dict[str, float] = {}
     # As on a server, where nodes run in inference mode and a checkpoint's weights are inference tensors.
     with torch.inference_mode():
@@ -36,7 +39,9 @@ def run(folder: Path) -> dict[str, float]:
         started = time.monotonic()
         tuning = TuneSettings(steps=SETTINGS.tune_steps, learning_rate=SETTINGS.learning_rate, seed=SEED)
         bar = Bar("tuning", tuning.steps)
-        motion, losses = one_shot_tune(model, latent, source, tuning, on_step=lambda step: bar.show(step + 1))
+        motion, losses = one_shot_tune(
+            model, latent, source, tuning, on_step=lambda step: bar.show(step + 1), checkpoints=folder / "tuning"
+        )
         seconds["tuning"] = time.monotonic() - started
         curve = (pictures.loss_curve(losses)[0] * 255).round().byte().numpy()
         Image.fromarray(curve).save(folder / LOSS_CURVE)
@@ -53,6 +58,8 @@ def run(folder: Path) -> dict[str, float]:
         seconds["inversion"] = time.monotonic() - started
         falling = schedule.sampling_sigmas(levels, SETTINGS.ddim_steps)
         for edit in EDITS:
+            if (folder / edit_file(edit)).exists():
+                continue
             started = time.monotonic()
             bar = Bar(f"sampling: {edit.prompt}", SETTINGS.ddim_steps)
             prompt = tiny_sd.encode(clip, edit.prompt)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +91,34 @@ def graph(edit: Edit) -> dict[str, dict[str, Any]]:
 
 
 def run(comfyui: Path, folder: Path) -> dict[str, float]:
-    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part."""
+    """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part.
+
+    Edits that are there are not made again. Cancelled, a tuning keeps its state below `folder` and goes on from it.
+    """
     print(f"Starting the ComfyUI {host_version(comfyui)} in {comfyui} ...", flush=True)
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="tune-a-video-") as scratch:
-        base = Path(scratch)
-        (base / "input").mkdir()
-        shutil.copy(folder / SOURCE_FILE, base / "input")
-        with HostServer(comfyui, base, {"tune-a-video": PACK_ROOT}) as server:
-            for edit in EDITS:
-                print(f"Edit: {edit.prompt}", flush=True)
+    base = folder / "host"
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / SOURCE_FILE, base / "input")
+    with HostServer(comfyui, base, {"tune-a-video": PACK_ROOT}) as server:
+        for edit in EDITS:
+            if (folder / edit_file(edit)).exists():
+                continue
+            print(f"Edit: {edit.prompt}", flush=True)
+            try:
                 result = server.run(graph(edit), _Shown()).raise_for_error()
-                reused = " (the tuning is reused)" if "tuning" in result.cached else ""
-                print(f"  {result.seconds:.0f} s{reused}", flush=True)
-                seconds[f"graph, {edit.kind}"] = result.seconds
-                shutil.copy(
-                    next(server.output_folder.glob(f"{Path(edit_file(edit)).stem}*.mp4")), folder / edit_file(edit)
-                )
-            shutil.copy(next(server.output_folder.glob("loss-curve*.png")), folder / LOSS_CURVE)
-            shutil.copy(next(server.models_folder("tav").glob("motion*")), folder / MOTION)
+            except KeyboardInterrupt:
+                server.cancel()
+                raise
+            reused = " (the tuning is reused)" if "tuning" in result.cached else ""
+            print(f"  {result.seconds:.0f} s{reused}", flush=True)
+            seconds[f"graph, {edit.kind}"] = result.seconds
+            for made, name in (
+                (next(server.output_folder.glob("loss-curve*.png")), LOSS_CURVE),
+                (next(server.models_folder("tav").glob("motion*")), MOTION),
+            ):
+                shutil.copy(made, folder / name)
+            os.replace(next(server.output_folder.glob(f"{Path(edit_file(edit)).stem}*.mp4")), folder / edit_file(edit))
     return seconds
 
 

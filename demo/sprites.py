@@ -42,12 +42,14 @@ STYLES = ("painting", "pencil")
 PAPER = np.array((246, 242, 232), np.float32)
 # How much of a colour a pencil leaves on the paper: background, sprite.
 PENCIL_BACKGROUND, PENCIL_SPRITE = 0.5, 0.72
+# How light a sprite's colour is: its caption does not say, as no sentence says everything of what it is about.
+SHADES = (0.8, 1.08)
 # The paper's grain: diagonal lines, this many pixels apart, always at the same place.
 GRAIN_PERIOD, GRAIN_DEPTH = 4, 26.0
 
 
 class Sprite(NamedTuple):
-    """A shape at x, y with a radius, in pixels; ``angle`` in degrees, counter-clockwise."""
+    """A shape at x, y with a radius, in pixels; ``angle`` in degrees, counter-clockwise; ``shade`` times its colour."""
 
     shape: str
     colour: str
@@ -55,6 +57,7 @@ class Sprite(NamedTuple):
     y: float
     radius: float
     angle: float = 0.0
+    shade: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
         picture = PAPER + PENCIL_BACKGROUND * (picture - PAPER)
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     for sprite in scene.sprites:
-        colour = np.array(COLOURS[sprite.colour], np.float32)
+        colour = sprite.shade * np.array(COLOURS[sprite.colour], np.float32)
         edge = 0.25 * colour if not pencil else np.array((55, 52, 50), np.float32)
         if pencil:
             fill = np.broadcast_to(PAPER + PENCIL_SPRITE * (colour - PAPER), picture.shape)
@@ -182,9 +185,9 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def random_scene(random: np.random.Generator) -> Scene:
-    """One sprite, or in a quarter of the scenes two of different colour and shape that hardly touch."""
-    count = 2 if random.random() < 0.25 else 1
+def random_scene(random: np.random.Generator, pairs: float = 0.25) -> Scene:
+    """One sprite, or in a share ``pairs`` of the scenes two of different colour and shape that hardly touch."""
+    count = 2 if random.random() < pairs else 1
     shapes = random.choice(SHAPES, 2, replace=False)
     colours = random.choice(list(COLOURS), 2, replace=False)
     while True:
@@ -193,7 +196,8 @@ def random_scene(random: np.random.Generator) -> Scene:
             radius = random.uniform(9, 15) if count == 1 else random.uniform(9, 12)
             angle = float(np.clip(random.normal(0, 20), -45, 45))
             x, y = random.uniform(radius, SIZE - radius, 2)
-            sprites.append(Sprite(str(shape), str(colour), float(x), float(y), float(radius), angle))
+            shade = float(random.uniform(*SHADES))
+            sprites.append(Sprite(str(shape), str(colour), float(x), float(y), float(radius), angle, shade))
         apart = math.dist(sprites[0][2:4], sprites[-1][2:4])
         if count == 1 or apart > 0.9 * (sprites[0].radius + sprites[1].radius):
             break

@@ -7,8 +7,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,81 +21,108 @@ import tiny_sd
 import tokens
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Scenes that are drawn once and seen again and again, each time with another noise.
 _SCENES = 24_000
 _LATENT_SCALE = 0.18215
+_PARTS = ("vae", "unet", "text", "vision")
 _SAVE_EVERY_SECONDS = 120
 _KL_WEIGHT = 2e-4
 _EMPTY_CAPTION_RATE = 0.1
 _EMA = 0.999
 _BATCH = 32
 _SNR_LIMIT = 5.0
-_VISION_STEPS = 1000
+# Of the first cycle, and of one that goes on from weights.
+_VISION_STEPS, _MORE_VISION_STEPS = 1000, 300
+_LEARNING_RATE, _LATER_LEARNING_RATE = 1e-3, 7e-4
+# In later cycles more of the scenes are hard ones; the prompts that are asked have a quarter of two sprites.
+_PAIRS, _LATER_PAIRS = 0.25, 0.4
 _VISION_BATCH = 96
 # What the host's CLIP_VISION takes away from pictures and divides them by.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
-def train(output: Path, seed: int, autoencoder_steps: int, steps: int, device: torch.device, scratch: Path) -> None:
+def train(
+    output: Path,
+    seed: int,
+    autoencoder_steps: int,
+    cycles: Sequence[int],
+    device: torch.device,
+    scratch: Path,
+    start: Path | None = None,
+) -> None:
     """The whole job; goes on where an interrupted one stopped.
 
+    ``cycles``: steps of the UNet and the text model, each time with other scenes and a learning rate that begins
+    high and ends at nothing (warm restarts, arXiv 1608.03983). ``start``: finished weights to go on from, their
+    autoencoder included; the first cycle is then the one that its seed says, not the one from nothing.
     ``scratch``: a folder for the drawings and for checkpoints; ``output``: for weights, tokenizer and record.
     """
     torch.manual_seed(seed)
     scratch.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     tokens.write(output / "tokenizer")
-    scenes, pictures = _drawings(seed, scratch / "drawings.npy")
-    vae, autoencoder_minutes = _autoencoder(pictures, seed, autoencoder_steps, device, scratch / "autoencoder.pt")
-    latents = _latents(vae, pictures, device, scratch / "latents.pt")
-    unet, text, diffusion_minutes = _diffusion(
-        scenes, latents, output / "tokenizer", seed, steps, device, scratch / "diffusion.pt"
-    )
-
-    vision, vision_minutes = _vision(scenes, pictures, text, output / "tokenizer", seed, device, scratch / "vision.pt")
-
-    rows = tokens.vocabulary_size(output / "tokenizer")
-    parts = {
-        "vae.": vae.state_dict(),
-        "unet.": unet.state_dict(),
-        "text.": text.state_dict(),
-        "vision.": vision.state_dict(),
-    }
-    weights = {
-        prefix + key: (value[:rows] if key == tiny_sd.EMBEDDING else value).to("cpu", torch.float16).contiguous()
-        for prefix, part in parts.items()
-        for key, value in part.items()
-        if value.is_floating_point()
-    }
-    temporary = output / ".tiny-sd.safetensors.tmp"
-    save_file(weights, temporary)
-    os.replace(temporary, output / "tiny-sd.safetensors")
-    record = {
-        "command": f"python demo train --seed {seed} --autoencoder-steps {autoencoder_steps} --steps {steps}",
-        "seed": seed,
-        "autoencoder_steps": autoencoder_steps,
-        "steps": steps,
+    weights = None if start is None else load_file(start)
+    earlier = [] if start is None else json.loads((start.parent / "training.json").read_text())["runs"]
+    minutes: dict[str, float] = {}
+    for cycle, steps in enumerate(cycles, seed):
+        first = weights is None
+        scenes, pictures = _drawings(cycle, _PAIRS if first else _LATER_PAIRS, scratch / f"drawings-{cycle}.npy")
+        vae = tiny_sd.Autoencoder()
+        if weights is None:
+            vae, minutes["autoencoder"] = _autoencoder(
+                pictures, seed, autoencoder_steps, device, scratch / "autoencoder.pt"
+            )
+        else:
+            vae.load_state_dict(_part(weights, "vae."))
+            vae.to(device).eval().requires_grad_(False)
+        latents = _latents(vae, pictures, device, scratch / f"latents-{cycle}.pt")
+        unet, text, minutes[f"diffusion {cycle}"] = _diffusion(
+            scenes, latents, output / "tokenizer", cycle, steps, device, scratch / f"diffusion-{cycle}.pt", weights
+        )
+        vision, minutes[f"clip {cycle}"] = _vision(
+            scenes, pictures, text, output / "tokenizer", cycle, device, scratch / f"vision-{cycle}.pt", weights
+        )
+        parts = {"vae.": vae, "unet.": unet, "text.": text, "vision.": vision}
+        weights = _weights(parts, tokens.vocabulary_size(output / "tokenizer"))
+    assert weights is not None
+    _replace(output / "tiny-sd.safetensors", lambda path: save_file(weights, path))
+    asked = f"--seed {seed} --steps {' '.join(map(str, cycles))}"
+    asked += f" --start {start.name}" if start else f" --autoencoder-steps {autoencoder_steps}"
+    run = {
+        "command": f"python demo train {asked}",
         "scenes": _SCENES,
-        "minutes": {"autoencoder": autoencoder_minutes, "diffusion": diffusion_minutes, "clip": vision_minutes},
+        "minutes": minutes,
         "machine": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
-        "parameters": {prefix.rstrip("."): _size(part) for prefix, part in parts.items()},
     }
+    sizes = {name: sum(v.numel() for k, v in weights.items() if k.startswith(f"{name}.")) for name in _PARTS}
+    record = {"runs": [*earlier, run], "parameters": sizes}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _size(part: dict[str, Tensor]) -> int:
-    return sum(min(len(v), 1000) * v[0].numel() if k == tiny_sd.EMBEDDING else v.numel() for k, v in part.items())
+def _weights(parts: Mapping[str, torch.nn.Module], rows: int) -> dict[str, Tensor]:
+    """What is saved: half precision, and of the text model's vocabulary the ``rows`` that the tokenizer uses."""
+    return {
+        prefix + key: (value[:rows] if key == tiny_sd.EMBEDDING else value).to("cpu", torch.float16).contiguous()
+        for prefix, part in parts.items()
+        for key, value in part.state_dict().items()
+        if value.is_floating_point()
+    }
 
 
-def _drawings(seed: int, file: Path) -> tuple[list[sprites.Scene], np.ndarray]:
-    """The scenes, and their pictures [n, 3, SIZE, SIZE] in 0..255."""
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _drawings(seed: int, pairs: float, file: Path) -> tuple[list[sprites.Scene], np.ndarray]:
+    """The scenes, a share ``pairs`` of two sprites, and their pictures [n, 3, SIZE, SIZE] in 0..255."""
     random = np.random.default_rng(seed)
-    scenes = [sprites.random_scene(random) for _ in range(_SCENES)]
+    scenes = [sprites.random_scene(random, pairs) for _ in range(_SCENES)]
     if not file.exists():
         pictures = np.empty((_SCENES, 3, sprites.SIZE, sprites.SIZE), np.uint8)
         for index, scene in enumerate(scenes):
@@ -270,8 +297,12 @@ def _diffusion(
     steps: int,
     device: torch.device,
     file: Path,
+    start: Mapping[str, Tensor] | None,
 ) -> tuple[torch.nn.Module, torch.nn.Module, float]:
-    """UNet and text model, trained together to predict the noise on latents [n, 4, 16, 16]; minutes."""
+    """UNet and text model, trained together to predict the noise on latents [n, 4, 16, 16]; minutes.
+
+    ``start``: weights to go on from.
+    """
     torch.manual_seed(seed)
     unet: Any = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
         **tiny_sd.UNET, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
@@ -285,28 +316,35 @@ def _diffusion(
     _start_at_nothing(unet)
     embedding = text.text_model.embeddings.token_embedding
     embedding.weight = torch.nn.Parameter(embedding.weight[: tokens.vocabulary_size(tokenizer)].detach().clone())
+    if start is not None:
+        unet.load_state_dict(_part(start, "unet."))
+        text.load_state_dict(_part(start, "text."))
     tokenize = tiny_sd.Tokenizer(tokenizer)
     encoded = _Captions(scenes, tokenize)
     # SD's schedule, as comfy.model_sampling makes it.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bars = torch.cumprod(1 - betas, 0).float()
+    # Min-SNR weights (arXiv 2303.09556), but never so small that the last details stay noise. Timesteps are drawn by
+    # them: the same loss on average, with no step spent on what hardly counts.
+    weights = (_SNR_LIMIT * (1 - alpha_bars) / alpha_bars).clamp(0.1, 1)
     latents = latents.to(device)
 
     def loss_of(random: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (_BATCH,), generator=random)
         captions = encoded.draw(rows.tolist(), random).to(device)
-        t = torch.randint(1000, (_BATCH,), generator=random)
+        t = torch.multinomial(weights, _BATCH, replacement=True, generator=random)
         noise = torch.randn(_BATCH, *latents.shape[1:], generator=random).to(device)
         kept = alpha_bars[t].to(device)[:, None, None, None]
         noisy = kept.sqrt() * latents[rows.to(device)] + (1 - kept).sqrt() * noise
         with torch.autocast(device.type, torch.bfloat16), _differentiable(text):
             predicted = unet(noisy, t.to(device), context=text(captions)[0])
-        error = (predicted.float() - noise).square().mean((1, 2, 3))
-        # Min-SNR weights (arXiv 2303.09556), but never so small that the last details stay noise.
-        snr = (kept / (1 - kept)).flatten()
-        return (error * (_SNR_LIMIT / snr).clamp(0.1, 1)).mean()
+        return F.mse_loss(predicted.float(), noise)
 
-    minutes = _Loop("diffusion", [unet, text], steps, 1e-3, seed, file).run(loss_of)
+    rate = _LEARNING_RATE if start is None else _LATER_LEARNING_RATE
+    loop = _Loop(f"diffusion, cycle {seed}", [unet, text], steps, rate, seed, file)
+    # On the CPU the fused attention's backward pass takes three times as long as a plain one, with heads this small.
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+        minutes = loop.run(loss_of)
     return unet.eval(), text.eval(), minutes
 
 
@@ -352,6 +390,7 @@ def _vision(
     seed: int,
     device: torch.device,
     file: Path,
+    start: Mapping[str, Tensor] | None,
 ) -> tuple[torch.nn.Module, float]:
     """A CLIP image encoder for the finished text model, and that model's projection; minutes.
 
@@ -363,6 +402,8 @@ def _vision(
     )
     _initialise(vision)
     torch.nn.init.normal_(vision.vision_model.embeddings.class_embedding, std=0.02)
+    if start is not None:
+        vision.load_state_dict(_part(start, "vision."), strict=False)
     vision.to(device).train().requires_grad_(True)
     text.requires_grad_(False)
     projection = text.text_projection.requires_grad_(True)
@@ -390,7 +431,8 @@ def _vision(
         wanted = same / same.sum(1, keepdim=True)
         return 0.5 * (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted))
 
-    minutes = _Loop("clip", [learning], _VISION_STEPS, 1e-3, seed, file).run(loss_of)
+    steps, rate = (_VISION_STEPS, 1e-3) if start is None else (_MORE_VISION_STEPS, 5e-4)
+    minutes = _Loop(f"clip, cycle {seed}", [learning], steps, rate, seed, file).run(loss_of)
     return vision.eval(), minutes
 
 

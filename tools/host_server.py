@@ -178,7 +178,14 @@ class HostServer:
         environment.pop("PYTHONPATH", None)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.base, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                command,
+                cwd=self.base,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C on the terminal is for whoever runs the server, who can then end its work in order.
+                start_new_session=True,
             )
         try:
             self._wait_until_serving()
@@ -252,6 +259,13 @@ class HostServer:
     def interrupt(self) -> None:
         """Cancel the graph that is running."""
         self.post("/interrupt", {})
+
+    def cancel(self, timeout: float = 20) -> None:
+        """Cancel the graph that is running and wait, `timeout` seconds at most, until it has ended."""
+        self.interrupt()
+        deadline = time.monotonic() + timeout
+        while self.get("/queue")["queue_running"] and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None) -> RunResult:
         """Queue an API-format graph and follow it to its end.
