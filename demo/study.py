@@ -39,6 +39,8 @@ METHODS = (
     Method("full method", Inflation(), True, True),
     Method("without ST-Attn", Inflation(attention="per frame"), True, True),
     Method("without inversion", Inflation(), True, False),
+    # From noise that differs from frame to frame nothing but attention between frames can make them agree.
+    Method("neither inversion nor ST-Attn", Inflation(attention="per frame"), True, False),
     Method("without tuning", Inflation(), False, True),
     Method("frame by frame", None, False, True),
 )
