@@ -73,23 +73,22 @@ def save_motion(motion: Motion, path: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a file under a temporary name beside ``path``, then rename: never half a file, nor after a power cut.
+    """Write a file in a temporary folder beside ``path``, then move it: never half a file, nor after a power cut.
 
-    ``tensors``: on the CPU, contiguous. Raises OSError or SafetensorError if it cannot be written.
+    ``tensors``: on the CPU, contiguous. Raises OSError or SafetensorError if it cannot be written. A writer that is
+    killed leaves its folder, ``.<name>*.part``, and nothing else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
-    os.close(handle)
-    try:
+    # A folder, because safetensors writes under a temporary name of its own first. And no name that ends in
+    # .safetensors in it, because the host lists those in the folders of a models folder.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}", suffix=".part") as scratch:
+        temporary = Path(scratch, "motion")
         safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
-        # mkstemp makes the file private to its owner; a model file is for whoever may read its folder.
+        # It may be private to its owner; a model file is for whoever may read its folder.
         os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is written through
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -784,7 +784,7 @@ def test_paths_outside_the_input_folder_are_refused(nodes: ModuleType, input_fol
         assert check(file=name) == f"'{name}' is outside the input folder; copy it there, or upload it."
         with pytest.raises(ValueError, match="is outside the input folder"):
             nodes.LoadVideo.execute(name, 0.0, "seconds", 4, 1, 64, 64, "fit")
-    for name in ("a\0b.mp4", "", 5):
+    for name in ("a\0b.mp4", "", 5, "a\ud800b.mp4"):
         assert check(file=name).endswith("is not the name of a file; choose one from the list or upload one.")
     for name in ("gone.mp4", "folder/gone.mp4"):
         assert check(file=name) == f"'{name}' is not in the input folder; upload it again, or choose another one."

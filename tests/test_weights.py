@@ -56,6 +56,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
+def test_what_a_killed_writer_leaves_is_in_one_hidden_folder_and_no_model_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors itself writes under a temporary name first, beside the name that it was given."""
+    seen: list[Path] = []
+    save_file = safetensors.torch.save_file
+
+    def spy(tensors: object, path: Path, **options: object) -> None:
+        Path(path).with_name(".tmpAbCdEf").touch()
+        save_file(tensors, path, **options)
+        seen.extend(tmp_path.rglob("*"))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", spy)
+    save_motion(motion(), tmp_path / "motion.safetensors")
+    (folder,) = (path for path in seen if path.parent == tmp_path)
+    assert folder.match(".motion*.part") and [path.parent for path in seen].count(folder) == 2
+    assert not [path for path in seen if path.suffix == ".safetensors"], "the host would list it"
+    assert [path.name for path in tmp_path.iterdir()] == ["motion.safetensors"]
+
+
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "header"])
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "motion.safetensors"
