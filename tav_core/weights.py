@@ -106,7 +106,7 @@ def _umask() -> int:
 def load_motion(path: Path) -> Motion:
     """Read a motion file. Raises ValueError, naming the file and the remedy, for anything else."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != FORMAT:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,22 @@ from tune_a_video.tav_core import weights
 from tune_a_video.tav_core.weights import Motion, check_fits, load_motion, save_motion
 
 BLOCK = "middle_block.1.transformer_blocks.0"
-SHAPES = {f"{BLOCK}.{name}.to_q.weight": torch.Size((8, 8)) for name in ("attn1", "attn2")}
+INNER, CHANNELS = 8, 6
+SHAPES = {f"{BLOCK}.{name}.to_q.weight": torch.Size((INNER, CHANNELS)) for name in ("attn1", "attn2")}
 
 
 def motion() -> Motion:
-    tensors = {f"{BLOCK}.{name}.to_q.diff": torch.randn(8, 8) for name in ("attn1", "attn2")}
-    vectors = ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias")
-    tensors |= {
-        f"{BLOCK}.{leaf}": torch.randn(8) if leaf in vectors else torch.randn(8, 8) for leaf in weights.TEMPORAL_LEAVES
-    }
+    tensors = {f"{BLOCK}.{name}.to_q.diff": torch.randn(INNER, CHANNELS) for name in ("attn1", "attn2")}
+    for name in ("to_q", "to_k", "to_v"):
+        tensors[f"{BLOCK}.attn_temp.{name}.weight"] = torch.randn(INNER, CHANNELS)
+    tensors[f"{BLOCK}.attn_temp.to_out.0.weight"] = torch.randn(CHANNELS, INNER)
+    for name in ("attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias"):
+        tensors[f"{BLOCK}.{name}"] = torch.randn(CHANNELS)
     return Motion(tensors, {"base_family": "SD1", "prompt": "사람이 스키를 탄다", "frame_count": "24"})
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "motion.safetensors"
+    path = tmp_path / "sub" / "deeper" / "motion.safetensors"
     written = motion()
     save_motion(written, path)
     read = load_motion(path)
@@ -34,6 +37,56 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(read.tensors[key], value) for key, value in written.tensors.items())
     assert [p.name for p in path.parent.iterdir()] == ["motion.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~weights._umask()
+
+
+def test_what_files_say_of_themselves_does_not_change(tmp_path: Path) -> None:
+    """Others' files, and older packs, depend on these very words."""
+    for metadata, version in (({}, "1"), ({"rank": "4"}, "2")):
+        save_motion(Motion(motion().tensors, metadata), tmp_path / "motion.safetensors")
+        with safetensors.safe_open(tmp_path / "motion.safetensors", framework="pt") as file:
+            assert file.metadata() == {"format": "tune-a-video motion", "format_version": version, **metadata}
+        assert load_motion(tmp_path / "motion.safetensors").metadata == metadata
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_another_dtype_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    key = f"{BLOCK}.attn1.to_q.diff"
+    turned = {**motion().tensors, key: torch.randn(CHANNELS, INNER).T}
+    changed = Motion(turned, {"prompt": "x"}).to(dtype)
+    assert changed.metadata == {"prompt": "x"} and changed.tensors.keys() == turned.keys()
+    assert all(value.dtype == dtype and value.is_contiguous() for value in changed.tensors.values())
+    assert torch.equal(changed.tensors[key], turned[key].to(dtype))
+    save_motion(changed, tmp_path / "motion.safetensors")
+    again = load_motion(tmp_path / "motion.safetensors")
+    assert all(torch.equal(value, changed.tensors[name]) for name, value in again.tensors.items())
+
+
+def test_file_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut there is the old file or the new one."""
+    done: list[str] = []
+    fsync, replace, close = os.fsync, os.replace, os.close
+    folders: set[int] = set()
+
+    def spy_fsync(handle: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        folders.update({handle} if is_folder else ())
+        done.append("folder" if is_folder else "file")
+        fsync(handle)
+
+    def spy_replace(source: Path, target: Path) -> None:
+        done.append("name")
+        replace(source, target)
+
+    def spy_close(handle: int) -> None:
+        folders.discard(handle)
+        close(handle)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(os, "close", spy_close)
+    save_motion(motion(), tmp_path / "motion.safetensors")
+    assert done == ["file", "name", "folder"]
+    assert not folders, "left open"
 
 
 def test_query_deltas_and_temporal_part_the_keys() -> None:
@@ -95,12 +148,12 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
         load_motion(path)
 
 
-@pytest.mark.parametrize("version", ["3", "next", "0", "²", "9" * 5000])
-def test_newer_formats_are_refused(tmp_path: Path, version: str) -> None:
+@pytest.mark.parametrize("version", ["3", "next", "0", "²", "9" * 5000, None])
+def test_newer_formats_are_refused(tmp_path: Path, version: str | None) -> None:
     path = tmp_path / "new.safetensors"
-    metadata = {"format": weights.FORMAT, "format_version": version}
+    metadata = {"format": weights.FORMAT} | ({} if version is None else {"format_version": version})
     safetensors.torch.save_file({"x": torch.zeros(2)}, path, metadata=metadata)
-    with pytest.raises(ValueError, match=f"format version {version[:20]}.*Update the pack"):
+    with pytest.raises(ValueError, match=f"format version {(version or 'unknown')[:20]}; .*Update the pack"):
         load_motion(path)
 
 
@@ -127,6 +180,7 @@ def test_integers_are_refused(tmp_path: Path) -> None:
 def test_fit() -> None:
     check_fits(motion(), SHAPES, "SD1")
     check_fits(Motion(motion().tensors), SHAPES, "SD2")
+    check_fits(Motion({f"{BLOCK}.attn1.to_q.diff": torch.zeros(INNER, CHANNELS)}), SHAPES, "SD1")
 
 
 def test_another_family_is_refused() -> None:
@@ -144,10 +198,19 @@ def test_another_shape_is_refused_by_key_and_both_shapes(key: str) -> None:
     assert key in str(error.value) and str(ours) in str(error.value) and str(theirs) in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["output_blocks.3.1.transformer_blocks.0.attn1.to_q.diff", f"{BLOCK}.mystery", "x"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "output_blocks.3.1.transformer_blocks.0.attn1.to_q.diff",
+        "output_blocks.3.1.transformer_blocks.0.attn_temp.to_q.weight",
+        f"{BLOCK}.mystery",
+        BLOCK,
+        "x",
+    ],
+)
 def test_a_key_without_a_place_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="has no place in this model"):
-        check_fits(Motion({key: torch.zeros(8, 8)}), SHAPES, "SD1")
+        check_fits(Motion({key: torch.zeros(INNER, CHANNELS)}), SHAPES, "SD1")
 
 
 def test_an_empty_motion_is_refused() -> None:
