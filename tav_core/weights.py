@@ -23,6 +23,8 @@ FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
 FORMAT_VERSION = 2
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# SDXL's has 1260. A header of some megabytes can name a million empty ones.
+MOST_TENSORS = 10_000
 QUERY_SUFFIX = ".diff"
 TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
 TEMPORAL_LEAVES = (
@@ -119,6 +121,11 @@ def load_motion(path: Path) -> Motion:
                     f"file: {path.name} has motion format version {version[:20] or 'unknown'}; this version of the "
                     f"pack reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
                 )
+            if len(file.keys()) > MOST_TENSORS:
+                raise ValueError(
+                    f"file: {path.name} holds {len(file.keys())} tensors, and no motion has more than {MOST_TENSORS}. "
+                    "It is damaged: copy it again, or tune again."
+                )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -132,6 +139,12 @@ def load_motion(path: Path) -> Motion:
         raise ValueError(
             f"file: {path.name} holds {str(tensors[odd].dtype).removeprefix('torch.')} values (first in {odd[:200]}), "
             "but a motion is fp16, bf16 or fp32. It is damaged: copy it again, or tune again."
+        )
+    empty = next((key for key, value in tensors.items() if 0 in value.shape), None)
+    if empty is not None:
+        raise ValueError(
+            f"file: {path.name} holds a tensor without values ({empty[:200]}). It is damaged: copy it again, or tune "
+            "again."
         )
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:

@@ -133,3 +133,19 @@ def test_the_kept_part_is_as_large_as_a_rank_allows() -> None:
     kept = 1 - float((matrix - up @ down).square().sum() / matrix.square().sum())
     values = torch.linalg.svdvals(matrix).square()
     assert kept == pytest.approx(float(values[:4].sum() / values.sum()), rel=0.02)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**20, 2**20), (2**15, 2**17), (2**15, 2**14)])
+def test_factors_of_more_than_a_model_are_refused_before_they_are_multiplied(rows: int, columns: int) -> None:
+    """Some bytes that stand for terabytes; what is refused last would begin with four more of the same size."""
+    key = "a.attn_temp.to_q.weight" if rows * columns < 2**31 else "a.attn1.to_q.diff"
+    factors = {f"{key}.up": torch.ones(1, 1).expand(rows, 1), f"{key}.down": torch.ones(1, 1).expand(1, columns)}
+    with pytest.raises(ValueError, match="^file: its low-rank weights stand for .* numbers.*copy it again"):
+        expand(Motion(factors, {"rank": "1", SEED_KEY: "0"}))
+
+
+def test_factors_that_are_no_matrices_are_refused() -> None:
+    """They would be multiplied with each other in all combinations."""
+    factors = {"a.attn1.to_q.diff.up": torch.ones(9, 1, 2, 1), "a.attn1.to_q.diff.down": torch.ones(9, 1, 2)}
+    with pytest.raises(ValueError, match="^file: a.attn1.to_q.diff.up is no matrix"):
+        expand(Motion(factors, {"rank": "1", SEED_KEY: "0"}))

@@ -270,6 +270,19 @@ def test_too_many_pixels_are_refused_by_header(clips: dict[str, Path], monkeypat
         video.probe(clips["plain.mp4"])
 
 
+def test_too_many_frames_are_refused_without_listing_them(
+    clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "MAX_FRAMES", 50)
+    assert len(video.probe(clips["plain.mp4"]).times) == 50
+    monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    listed, packets = [], video._packets
+    monkeypatch.setattr(video, "_packets", lambda listing: listed.extend(packets(listing)) or listed)
+    with pytest.raises(ValueError, match="^file: 'plain.mp4' has more than 20 frames; cut out the part"):
+        video.probe(clips["plain.mp4"])
+    assert len(listed) == 21
+
+
 def test_sound_that_would_fill_the_memory_is_left_out(
     clips: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,39 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors[key] = tensors[key] * float("inf")
     save_motion(Motion(tensors), path)
     with pytest.raises(ValueError, match=f"not finite \\(first in {key}\\)"):
+        load_motion(path)
+
+
+def header(tensors: dict[str, object]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": weights.FORMAT, "format_version": "1"}, **tensors}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def entry(shape: list[int], end: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<Q", 2**60) + b"{}",
+        struct.pack("<Q", 2**63 + 2**62) + b"{}",
+        header({"x": entry([2**40, 2**40], 2**62)}) + bytes(64),
+        header({"x": entry([2**60], 2**62)}) + bytes(64),
+        header({"x": entry([2**20], 64)}) + bytes(64),
+        header({"x": entry([4, 4], 64), "y": entry([4, 4], 64)}) + bytes(64),
+        header({"x": entry([2**40, 0], 0)}),
+        header({f"{number}": entry([0], 0) for number in range(weights.MOST_TENSORS + 1)}),
+    ],
+    ids=["header 2^60", "header > 2^63", "shape overflows", "2^62 bytes", "shape > bytes", "overlap", "empty", "many"],
+)
+def test_absurd_headers_are_refused_before_anything_is_read(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "motion.safetensors"
+    path.write_bytes(data)
+    monkeypatch.setattr(torch, "isfinite", None)  # values are looked at only when everything else is right
+    with pytest.raises(ValueError, match="^file: motion.safetensors (cannot be read|holds) .*copy it again"):
         load_motion(path)
 
 
