@@ -229,7 +229,7 @@ class SaveVideo(io.ComfyNode):
 
 def _input_file(name: Any) -> str:
     """The path of a file of the input folder. Raises ValueError if there is none, or if it lies elsewhere."""
-    if not isinstance(name, str) or "\0" in name or not name:
+    if not _is_name(name):
         raise ValueError(f"file: {name!r} is not the name of a file; choose one from the list or upload one.")
     folder = os.path.realpath(folder_paths.get_input_directory())
     path = os.path.realpath(folder_paths.get_annotated_filepath(name))
@@ -238,6 +238,14 @@ def _input_file(name: Any) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"file: '{name}' is not in the input folder; upload it again, or choose another one.")
     return path
+
+
+def _is_name(name: Any) -> bool:
+    """Whether the file system could know a file by it: not so with NUL, or half a character, in it."""
+    try:
+        return isinstance(name, str) and name != "" and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _workflow(hidden: Any) -> dict[str, Any]:

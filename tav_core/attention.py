@@ -6,6 +6,7 @@ A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``ga
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +64,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def _fused_rows(device: torch.device) -> int:
+    """The most batch * heads that one call of fused attention takes."""
+    return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
+
+
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
     """Full, unmasked attention over the frames of each pixel, without positional encoding.
 
@@ -76,8 +82,8 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
         return x.reshape(videos * n, heads, frames, c // heads)
 
     q, k, v = per_pixel(q), per_pixel(k), per_pixel(v)
-    if q.is_cuda and videos * n * heads > _MAX_FUSED_ROWS:
-        step = _MAX_FUSED_ROWS // heads
+    step = _fused_rows(q.device) // heads
+    if len(q) > step:
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
         out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     else:

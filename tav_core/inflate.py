@@ -69,7 +69,7 @@ class TemporalLayer(torch.nn.Module):
     def __init__(self, channels: int, inner: int, heads: int, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_temp = operations.LayerNorm(channels, eps=1e-5, **factory)
+        self.norm_temp = operations.LayerNorm(channels, **factory)
         self.attn_temp = _TemporalAttention(channels, inner, operations, **factory)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -169,9 +169,9 @@ def build_temporal(
         if not weights:
             continue
         inner, channels = weights["attn_temp.to_q.weight"].shape
-        layer = TemporalLayer(channels, inner, block.attn1.heads, operations, device="cpu", dtype=dtype)
-        layer.load_state_dict({k: v.to(dtype) for k, v in weights.items()})
-        # Casting layers of some hosts keep the dtype of what was loaded, not the one they were made with.
+        layer = TemporalLayer(channels, inner, block.attn1.heads, operations, device="cpu")
+        layer.load_state_dict(weights)
+        # Not when it is made: casting layers of some hosts keep the dtype of what was loaded.
         _add_at(root, path, layer.to(dtype).requires_grad_(False))
     return root
 
@@ -222,8 +222,7 @@ def _spatial_attention(
 def _with_temporal(original: Forward, layer: TemporalLayer, strength: float, layout: Layout) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x = original(*args, **kwargs)
-        residual = layer(x, layout.frames)
-        return x + (residual if strength == 1.0 else strength * residual)
+        return torch.add(x, layer(x, layout.frames), alpha=strength)
 
     return forward
 

@@ -17,6 +17,9 @@ from .weights import Motion
 
 RANK_KEY, SEED_KEY, KEPT_KEY = "rank", "temporal_seed", "kept"
 UP, DOWN = ".up", ".down"
+# Numbers in a whole motion, with the weights that it began with: twice what SDXL's has.
+_MOST_NUMBERS = 2**31
+_QUERY = ".attn_temp.to_q.weight"
 # Singular vectors beyond those asked for, and passes over the matrix: what makes the random method exact enough.
 _OVERSAMPLING, _PASSES = 8, 4
 
@@ -59,6 +62,7 @@ def expand(motion: Motion) -> Motion:
     """
     if RANK_KEY not in motion.metadata:
         return motion
+    _check_size(motion.tensors)
     try:
         tensors = {key: value for key, value in motion.tensors.items() if not key.endswith((UP, DOWN))}
         for key, up in motion.tensors.items():
@@ -77,13 +81,30 @@ def expand(motion: Motion) -> Motion:
     return Motion(tensors, metadata).to(torch.float16)
 
 
+def _check_size(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse factors that multiply to more than a motion can have: a file of some bytes can stand for terabytes."""
+    numbers = 0
+    for key, up in tensors.items():
+        down = tensors.get(key.removesuffix(UP) + DOWN)
+        if not key.endswith(UP) or down is None:
+            continue
+        if up.ndim != 2 or down.ndim != 2:
+            raise ValueError(f"file: {key[:200]} is no matrix. It is damaged: copy it again, or tune again.")
+        # With a temporal layer's queries come the four matrices that it began with.
+        numbers += len(up) * down.shape[1] * (5 if key.endswith(_QUERY + UP) else 1)
+    if numbers > _MOST_NUMBERS:
+        raise ValueError(
+            f"file: its low-rank weights stand for {numbers:.1e} numbers, and no motion has more than "
+            f"{_MOST_NUMBERS:.1e}. It is damaged: copy it again, or tune again."
+        )
+
+
 def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Inner width and channels of each temporal layer."""
-    suffix = ".attn_temp.to_q.weight"
     return {
-        key.removesuffix(suffix): (value.shape[0], value.shape[1])
+        key.removesuffix(_QUERY): (value.shape[0], value.shape[1])
         for key, value in tensors.items()
-        if key.endswith(suffix)
+        if key.endswith(_QUERY)
     }
 
 

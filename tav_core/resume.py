@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,12 +107,20 @@ class Checkpoint:
         """Remove runs that are too old or too many, and what writers that were killed left of this one."""
         try:
             for partial in self.path.parent.glob(f".{self._run}*.part"):
-                partial.unlink(missing_ok=True)
+                _remove(partial)
             files = [path for path in self.path.parent.glob("*") if path.suffix in (".safetensors", ".part")]
             newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
             for place, path in enumerate(newest):
                 old = time.time() - path.stat().st_mtime > KEPT_FOR
                 if path != self.path and (old or place >= KEPT_RUNS):
-                    path.unlink(missing_ok=True)
+                    _remove(path)
         except OSError as error:
             logging.warning("Tune-A-Video: %s cannot be tidied (%s)", self.path.parent, error)
+
+
+def _remove(path: Path) -> None:
+    """A file, or the folder that a writer which was killed left, with what is in it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

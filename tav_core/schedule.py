@@ -7,7 +7,6 @@ samplers keep them variance-exploding (VE): ``x0 + sigma noise`` = VP * sqrt(1 +
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -28,8 +27,7 @@ def inversion_sigmas(sigmas: Tensor, steps: int) -> Tensor:
     ``sigmas``: the model's own table, one per training timestep [train_steps]. The clip itself counts as
     noise level alpha_bar[0] (the released scheduler's set_alpha_to_one=False), so that is the first entry.
     """
-    index = [0, *ddim_timesteps(steps, len(sigmas))]
-    return sigmas[torch.tensor(index, device=sigmas.device)].float()
+    return sigmas[[0, *ddim_timesteps(steps, len(sigmas))]].float()
 
 
 def sampling_sigmas(sigmas: Tensor, steps: int, last: str = "clip noise level") -> Tensor:

@@ -46,6 +46,7 @@ PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 DECODE_LIMIT = 900
 MAX_PASSED_OVER = 300  # frames; above that, ffmpeg, which can jump to a key frame, is the faster reader
 ENCODE_LIMIT = 1800  # after the last frame was handed over
+MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 # What a decoder may take: so many bytes, and so many pictures that refer to each other.
 DECODER_MEMORY, FRAMES_IN_FLIGHT = 2 * 2**30, 32
@@ -248,7 +249,7 @@ def probe(path: str | Path) -> VideoInfo:
     full = _existing_file(path)
     name = os.path.basename(full)
     command = [*_ffmpeg(), *READ_SAFELY, "-i", _file_url(full)]
-    command += ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-"]
+    command += ["-map", "0:V:0", "-c", "copy", "-frames:v", str(MAX_FRAMES + 1), "-f", "framecrc", "-"]
     try:
         result = subprocess.run(command, capture_output=True, timeout=PROBE_LIMIT)  # noqa: S603
     except subprocess.TimeoutExpired:
@@ -272,6 +273,8 @@ def probe(path: str | Path) -> VideoInfo:
             " another file."
         )
     packets = _packets(result.stdout.decode("ascii", "replace"))
+    if len(packets) > MAX_FRAMES:
+        raise ValueError(f"file: '{name}' has more than {MAX_FRAMES} frames; cut out the part you need first.")
     complaints = "\n".join(line for line in report.splitlines() if line.startswith("["))
     if any(mark in complaints for mark in CUT_SHORT) or (packets and packets[-1][1] & CORRUPT):
         raise ValueError(f"file: '{name}' is truncated: its end is missing; upload or download it again.")

@@ -23,6 +23,8 @@ FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
 FORMAT_VERSION = 2
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# SDXL's has 1260. A header of some megabytes can name a million empty ones.
+MOST_TENSORS = 10_000
 QUERY_SUFFIX = ".diff"
 TEMPORAL_MARKS = (".attn_temp.", ".norm_temp.")
 TEMPORAL_LEAVES = (
@@ -73,23 +75,22 @@ def save_motion(motion: Motion, path: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a file under a temporary name beside ``path``, then rename: never half a file, nor after a power cut.
+    """Write a file in a temporary folder beside ``path``, then move it: never half a file, nor after a power cut.
 
-    ``tensors``: on the CPU, contiguous. Raises OSError or SafetensorError if it cannot be written.
+    ``tensors``: on the CPU, contiguous. Raises OSError or SafetensorError if it cannot be written. A writer that is
+    killed leaves its folder, ``.<name>*.part``, and nothing else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
-    os.close(handle)
-    try:
+    # A folder, because safetensors writes under a temporary name of its own first. And no name that ends in
+    # .safetensors in it, because the host lists those in the folders of a models folder.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}", suffix=".part") as scratch:
+        temporary = Path(scratch, "motion")
         safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
-        # mkstemp makes the file private to its owner; a model file is for whoever may read its folder.
+        # It may be private to its owner; a model file is for whoever may read its folder.
         os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is written through
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -107,7 +108,7 @@ def _umask() -> int:
 def load_motion(path: Path) -> Motion:
     """Read a motion file. Raises ValueError, naming the file and the remedy, for anything else."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != FORMAT:
                 raise ValueError(
@@ -119,6 +120,11 @@ def load_motion(path: Path) -> Motion:
                 raise ValueError(
                     f"file: {path.name} has motion format version {version[:20] or 'unknown'}; this version of the "
                     f"pack reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
+                )
+            if len(file.keys()) > MOST_TENSORS:
+                raise ValueError(
+                    f"file: {path.name} holds {len(file.keys())} tensors, and no motion has more than {MOST_TENSORS}. "
+                    "It is damaged: copy it again, or tune again."
                 )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -133,6 +139,12 @@ def load_motion(path: Path) -> Motion:
         raise ValueError(
             f"file: {path.name} holds {str(tensors[odd].dtype).removeprefix('torch.')} values (first in {odd[:200]}), "
             "but a motion is fp16, bf16 or fp32. It is damaged: copy it again, or tune again."
+        )
+    empty = next((key for key, value in tensors.items() if 0 in value.shape), None)
+    if empty is not None:
+        raise ValueError(
+            f"file: {path.name} holds a tensor without values ({empty[:200]}). It is damaged: copy it again, or tune "
+            "again."
         )
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:

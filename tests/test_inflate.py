@@ -66,7 +66,9 @@ def test_gathered_keys_are_those_of_the_frames_that_are_looked_at(mode: Any, loo
     frames, videos, tiles, n, c = 4, 2, 3, 5, 6
     tokens = torch.randn(videos * frames * tiles, n, c)
     by_frame = tokens.view(videos, frames, tiles, n, c)
-    gathered = gather_frames(tokens, frames, videos, mode).view(videos, frames, tiles, -1, c)
+    gathered = gather_frames(tokens, frames, videos, mode)
+    assert gathered.shape == (videos * frames * tiles, len(looks_at[0]) * n, c)
+    gathered = gathered.view(videos, frames, tiles, -1, c)
     for i, keys in enumerate(looks_at):
         assert torch.equal(gathered[:, i], torch.cat([by_frame[:, k] for k in keys], dim=2))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.inflate import initial_temporal
-from tune_a_video.tav_core.low_rank import KEPT_KEY, SEED_KEY, compress, expand
+from tune_a_video.tav_core.inflate import draw_temporal, initial_temporal
+from tune_a_video.tav_core.low_rank import KEPT_KEY, SEED_KEY, _factors, compress, expand
 from tune_a_video.tav_core.weights import Motion, check_fits, load_motion, save_motion
 from unets import UNETS, build_model
 
@@ -85,3 +85,67 @@ def test_a_file_without_one_of_the_factors_is_refused() -> None:
 def test_a_whole_motion_is_left_as_it_is() -> None:
     motion = tuned(4)
     assert expand(motion) is motion
+
+
+def wide(change: float) -> Motion:
+    """A motion of one block whose inner width is not its channels', changed by a matrix of rank 1."""
+    tensors = draw_temporal({"a.b": (8, 6)}, SEED)
+    for key, value in tensors.items():
+        if value.ndim == 2:
+            tensors[key] = value + change * torch.linspace(-1, 1, len(value))[:, None]
+    return Motion(tensors, {SEED_KEY: str(SEED)})
+
+
+def test_the_names_in_a_file_do_not_change() -> None:
+    """Others' files depend on them."""
+    small = compress(wide(0.1), 2)
+    assert small.metadata == {"temporal_seed": "3", "rank": "2", "kept": "1.0000"}
+    weight, vectors = "a.b.attn_temp.to_{}.weight", ["a.b.attn_temp.to_out.0.bias", "a.b.norm_temp.weight"]
+    matrices = [weight.format(name) for name in ("q", "k", "v", "out.0")]
+    factors = [f"{key}{half}" for key in matrices for half in (".up", ".down")]
+    assert set(small.tensors) == {*factors, *vectors, "a.b.norm_temp.bias"}
+    assert small.tensors["a.b.attn_temp.to_q.weight.up"].shape == (8, 2)
+    assert small.tensors["a.b.attn_temp.to_q.weight.down"].shape == (2, 6)
+    assert all(value.dtype == torch.float16 and value.is_contiguous() for value in small.tensors.values())
+    again = expand(small)
+    assert "rank" not in again.metadata and relative_error(wide(0.1), again) < 2e-3
+
+
+def test_of_a_motion_that_learnt_nothing_everything_is_kept() -> None:
+    assert compress(wide(0.0), 2).metadata[KEPT_KEY] == "1.0000"
+
+
+def test_compressing_draws_no_numbers_and_gives_the_same_again() -> None:
+    motion = tuned(16)
+    torch.manual_seed(5)
+    first, drawn = compress(motion, 4), torch.rand(1)
+    again = compress(motion, 4)
+    assert all(torch.equal(value, again.tensors[key]) for key, value in first.tensors.items())
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_the_kept_part_is_as_large_as_a_rank_allows() -> None:
+    """Against the whole decomposition, whose first vectors are the best that there is."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(64, 48, generator=generator)
+    up, down = _factors(matrix, 4)
+    kept = 1 - float((matrix - up @ down).square().sum() / matrix.square().sum())
+    values = torch.linalg.svdvals(matrix).square()
+    assert kept == pytest.approx(float(values[:4].sum() / values.sum()), rel=0.02)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**20, 2**20), (2**15, 2**17), (2**15, 2**14)])
+def test_factors_of_more_than_a_model_are_refused_before_they_are_multiplied(rows: int, columns: int) -> None:
+    """Some bytes that stand for terabytes; what is refused last would begin with four more of the same size."""
+    key = "a.attn_temp.to_q.weight" if rows * columns < 2**31 else "a.attn1.to_q.diff"
+    factors = {f"{key}.up": torch.ones(1, 1).expand(rows, 1), f"{key}.down": torch.ones(1, 1).expand(1, columns)}
+    with pytest.raises(ValueError, match="^file: its low-rank weights stand for .* numbers.*copy it again"):
+        expand(Motion(factors, {"rank": "1", SEED_KEY: "0"}))
+
+
+def test_factors_that_are_no_matrices_are_refused() -> None:
+    """They would be multiplied with each other in all combinations."""
+    factors = {"a.attn1.to_q.diff.up": torch.ones(9, 1, 2, 1), "a.attn1.to_q.diff.down": torch.ones(9, 1, 2)}
+    with pytest.raises(ValueError, match="^file: a.attn1.to_q.diff.up is no matrix"):
+        expand(Motion(factors, {"rank": "1", SEED_KEY: "0"}))

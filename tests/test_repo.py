@@ -47,6 +47,18 @@ loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"comfy", "comfy_api", "folder_paths", "torch"}, loaded
 """
 
+ON_A_HOST = """
+import importlib.util, sys, types
+sys.modules["nodes"] = types.ModuleType("nodes")
+if sys.argv[2]:
+    sys.modules["comfyui_version"] = types.ModuleType("comfyui_version")
+    sys.modules["comfyui_version"].__version__ = sys.argv[2]
+spec = importlib.util.spec_from_file_location("pack", sys.argv[1])
+pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+print(hasattr(pack, "NODE_CLASS_MAPPINGS"))
+"""
+
 
 def declared_node_ids() -> set[str]:
     """The node ids that the schemas in nodes/*.py name, read from the source: no ComfyUI is needed for it."""
@@ -125,3 +137,48 @@ def test_search_finds_nodes_by_the_words_people_type() -> None:
     if not hasattr(made["TAV_Sample"], "search_aliases"):
         return  # such a host refuses the argument, so the schemas could only be made without it
     assert {word: word in made[node_id].search_aliases for word, node_id in words.items()} == dict.fromkeys(words, True)
+
+
+@pytest.mark.parametrize("version", ["0.3.63", "0.3.9", "0.2.99", "v0.3.40", ""])
+def test_on_an_older_host_one_line_says_what_is_needed(version: str) -> None:
+    command = [sys.executable, "-I", "-c", ON_A_HOST, ROOT / "__init__.py", version]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+    (line,) = done.stderr.splitlines()
+    assert "needs ComfyUI 0.3.64 or newer" in line and (version or "without a version") in line
+
+
+@pytest.mark.parametrize("version", ["0.3.64", "0.3.65.1", "0.26.0", "0.100.0", "1.0", "2"])
+def test_newer_hosts_are_taken(version: str) -> None:
+    command = [sys.executable, "-I", "-c", ON_A_HOST, ROOT / "__init__.py", version]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"] and not done.stderr
+
+
+@pytest.mark.comfyui
+def test_an_older_host_leaves_it_at_that_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ComfyUI itself loads packs, had it another version."""
+    import comfyui_version
+
+    import nodes
+
+    monkeypatch.setattr(comfyui_version, "__version__", "0.3.50")
+    before = dict(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
+    assert nodes.NODE_CLASS_MAPPINGS == before
+    (record,) = (each for each in caplog.records if each.levelname in ("WARNING", "ERROR"))
+    assert "needs ComfyUI 0.3.64 or newer, and this one is 0.3.50: update ComfyUI" in record.getMessage()
+
+
+def test_the_oldest_host_is_the_same_everywhere() -> None:
+    assert PYPROJECT["tool"]["comfy"]["requires-comfyui"] == f">={tune_a_video.OLDEST_HOST}"
+    assert f"ComfyUI {tune_a_video.OLDEST_HOST} or newer is needed" in (ROOT / "README.md").read_text()
+
+
+def test_every_file_is_python_3_10() -> None:
+    """The oldest that is promised; a newer one's syntax would not be seen on a newer one."""
+    for file in ROOT.rglob("*.py"):
+        if ".venv" not in file.parts:
+            ast.parse(file.read_text(), file.name, feature_version=(3, 10))

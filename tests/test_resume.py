@@ -229,6 +229,8 @@ def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
     kept.append(file("notes.txt", 2 * resume.KEPT_FOR))
     file("old.safetensors", resume.KEPT_FOR + 60)
     file(".runx1.part", 0)
+    (tmp_path / ".runx2.part").mkdir()
+    file(".runx2.part/motion", 0)
     ours.tidy()
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     for age in range(resume.KEPT_RUNS + 2):

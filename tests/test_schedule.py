@@ -16,6 +16,16 @@ SIGMAS = torch.linspace(0.03, 14.6, 1000)
 
 def test_fifty_steps_are_the_released_ones() -> None:
     assert schedule.ddim_timesteps(50) == list(range(1, 982, 20))
+    assert schedule.ddim_timesteps(1000) == [*range(1, 1000), 999]
+    assert schedule.ddim_timesteps(3, 10) == [1, 4, 7]
+
+
+def test_alpha_bars_are_those_that_the_sigmas_were_made_of() -> None:
+    alpha_bars = torch.linspace(0.9991, 0.0047, 1000, dtype=torch.float64)
+    sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()
+    ours = schedule.alphas_cumprod(sigmas)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, alpha_bars, rtol=1e-6, atol=0)
 
 
 @patient

@@ -24,6 +24,7 @@ from tune_a_video.tav_core import video
 WIDTH, HEIGHT, BITS = 96, 64, 8
 GROUPS = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-pix_fmt", "yuv420p"]
 
+HALF_OPAQUE = ["-vf", "format=rgba,colorchannelmixer=aa=0.5"]
 OPEN_GROUPS = ["-c:v", "mpeg4", "-bf", "2", "-g", "12", "-q:v", "2"]
 
 
@@ -67,6 +68,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "odd.mp4": make_clip(folder / "odd.mp4", "-c:v", "libx264", "-pix_fmt", "yuv444p", size=(97, 63)),
         "ten.mp4": make_clip(folder / "ten.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p10le"),
         "full.mp4": make_clip(folder / "full.mp4", "-c:v", "libx264", "-pix_fmt", "yuvj420p"),
+        "alpha.webm": make_clip(folder / "alpha.webm", *HALF_OPAQUE, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"),
+        "alpha.mov": make_clip(folder / "alpha.mov", *HALF_OPAQUE, "-c:v", "qtrle", "-pix_fmt", "argb"),
     }
     made["plain.ts"] = folder / "plain.ts"
     ffmpeg("-i", made["plain.mp4"], "-c", "copy", made["plain.ts"])
@@ -80,7 +83,18 @@ def first_number(name: str) -> int:
     return 20 if name == "edit.mp4" else 0
 
 
-DECORD_READS = ["plain.mp4", "open.mp4", "open.mkv", "long.mkv", "plain.webm", "odd.mp4", "ten.mp4", "full.mp4"]
+DECORD_READS = [
+    "plain.mp4",
+    "open.mp4",
+    "open.mkv",
+    "long.mkv",
+    "plain.webm",
+    "odd.mp4",
+    "ten.mp4",
+    "full.mp4",
+    "alpha.webm",
+    "alpha.mov",
+]
 DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4"]
 
 
@@ -270,6 +284,19 @@ def test_too_many_pixels_are_refused_by_header(clips: dict[str, Path], monkeypat
         video.probe(clips["plain.mp4"])
 
 
+def test_too_many_frames_are_refused_without_listing_them(
+    clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "MAX_FRAMES", 50)
+    assert len(video.probe(clips["plain.mp4"]).times) == 50
+    monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    listed, packets = [], video._packets
+    monkeypatch.setattr(video, "_packets", lambda listing: listed.extend(packets(listing)) or listed)
+    with pytest.raises(ValueError, match="^file: 'plain.mp4' has more than 20 frames; cut out the part"):
+        video.probe(clips["plain.mp4"])
+    assert len(listed) == 21
+
+
 def test_sound_that_would_fill_the_memory_is_left_out(
     clips: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,7 +335,10 @@ def test_frame_rate(tmp_path: Path, rate: str, extension: str) -> None:
     assert info.fps == pytest.approx(float(Fraction(rate)), rel=1e-6 if extension == "mp4" else 1e-3)
 
 
-def test_varying_frame_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without_decord", [False, True])
+def test_varying_frame_rate(tmp_path: Path, without_decord: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without_decord:
+        monkeypatch.setitem(sys.modules, "decord", None)
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "25", "-i", "-"]
     path = tmp_path / "vfr.mp4"  # frames 0-9, then every third one
     sparse = ["-vf", "select=lt(n\\,10)+not(mod(n\\,3))", "-fps_mode", "vfr", *GROUPS]
@@ -784,7 +814,7 @@ def test_paths_outside_the_input_folder_are_refused(nodes: ModuleType, input_fol
         assert check(file=name) == f"'{name}' is outside the input folder; copy it there, or upload it."
         with pytest.raises(ValueError, match="is outside the input folder"):
             nodes.LoadVideo.execute(name, 0.0, "seconds", 4, 1, 64, 64, "fit")
-    for name in ("a\0b.mp4", "", 5):
+    for name in ("a\0b.mp4", "", 5, "a\ud800b.mp4"):
         assert check(file=name).endswith("is not the name of a file; choose one from the list or upload one.")
     for name in ("gone.mp4", "folder/gone.mp4"):
         assert check(file=name) == f"'{name}' is not in the input folder; upload it again, or choose another one."

@@ -35,8 +35,8 @@ def run(step: str, *command: str | Path) -> None:
         sys.exit(f"This step failed: {step}. The reason is above; the same command continues from here.")
 
 
-def pip(step: str, verb: str, *arguments: str | Path) -> None:
-    run(step, VENV_PYTHON, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", *arguments)
+def pip(step: str, verb: str, *arguments: str | Path, python: Path = VENV_PYTHON) -> None:
+    run(step, python, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", *arguments)
 
 
 def wanted_files(comfyui: Path | None) -> list[Path]:
@@ -65,11 +65,11 @@ def venv_fits() -> bool:
     return answer == f"{sys.version_info[:2]} {VENV}"
 
 
-def unpack_notcomfy() -> None:
-    """Lays the PyPI engine's `comfy` package, checked against its hash, into .venv/notcomfy."""
-    with tempfile.TemporaryDirectory(dir=VENV) as scratch:
+def unpack_notcomfy(venv: Path = VENV) -> None:
+    """Lays the PyPI engine's `comfy` package, checked against its hash, into an environment's folder notcomfy."""
+    with tempfile.TemporaryDirectory(dir=venv) as scratch:
         options = ("--no-deps", "--require-hashes", "-r", NOTCOMFY, "-d", scratch)
-        pip("Downloading ComfyUI's engine", "download", *options)
+        pip("Downloading ComfyUI's engine", "download", *options, python=venv / "bin" / "python")
         unpacked = Path(scratch) / "unpacked"
         with tarfile.open(next(Path(scratch).glob("notcomfy-*.tar.gz"))) as archive:
             for member in archive:
@@ -84,8 +84,8 @@ def unpack_notcomfy() -> None:
         attention = unpacked / "comfy" / "ldm" / "modules" / "attention.py"
         source = attention.read_text()
         attention.write_text(source.replace("x += n\n", "x = x + n\n").replace("x += x_skip\n", "x = x + x_skip\n"))
-        shutil.rmtree(VENV / "notcomfy", ignore_errors=True)
-        unpacked.rename(VENV / "notcomfy")
+        shutil.rmtree(venv / "notcomfy", ignore_errors=True)
+        unpacked.rename(venv / "notcomfy")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import video
+from tune_a_video.tav_core.low_rank import SEED_KEY, compress, expand
 from tune_a_video.tav_core.weights import FORMAT, Motion, load_motion
 
 KINDS = ("video", "motion", "inputs", "tensors", "paths")
@@ -120,8 +121,14 @@ def motion_case(rng: Random, model: Any, scratch: Path) -> None:
     from tune_a_video.tav_core.inflate import Inflation
 
     with torch.inference_mode():
-        metadata = {"format": FORMAT, "format_version": "1", "base_family": host.family(model), "prompt": "a"}
-        data = safetensors.torch.save(dict(_motion(model).tensors), metadata)
+        motion = _motion(model)
+        metadata = {"base_family": host.family(model), "prompt": "a", SEED_KEY: "0"}
+        if rng.random() < 0.3:
+            motion = compress(Motion(motion.tensors, metadata), rng.choice((1, 4, 64)))
+            metadata = dict(motion.metadata)
+        version = "2" if "rank" in metadata else "1"
+        metadata = {"format": FORMAT, "format_version": version, **metadata}
+        data = safetensors.torch.save(dict(motion.tensors), metadata)
         if rng.random() < 0.5:
             data = mutate.spoil_safetensors(rng, data)
         else:
@@ -129,7 +136,7 @@ def motion_case(rng: Random, model: Any, scratch: Path) -> None:
         path = scratch / f"case-{os.getpid()}.safetensors"
         path.write_bytes(data)
         try:
-            motion = load_motion(path)
+            motion = expand(load_motion(path))
         finally:
             path.unlink()
         inflated = host.inflate_model(model, Inflation(), motion)

@@ -1,0 +1,261 @@
+"""The parts that an inflation is made of, one at a time, on layers of a few numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tune_a_video.tav_core import attention, inflate
+from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
+from tune_a_video.tav_core.inflate import Inflation, Layout, TemporalLayer, draw_temporal, inflated_forwards
+from tune_a_video.tav_core.norm import pooled_group_norm
+from tune_a_video.tav_core.trainable import CastingOperations
+from unets import UNETS, build_model
+
+INNER, CHANNELS, HEADS = 8, 6, 2
+BLOCK = "middle_block.1.transformer_blocks.0"
+
+
+# --- attention -------------------------------------------------------------------------------------
+
+
+def test_modes_are_those_of_the_nodes() -> None:
+    assert SPATIAL_MODES == ("sparse-causal", "first frame only", "full", "per frame")
+
+
+def test_attention_is_softmax_of_products() -> None:
+    q, k, v = torch.randn(3, 4, 8), torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    expected = torch.empty(3, 4, 8)
+    for part in (slice(0, 4), slice(4, 8)):
+        weight = (q[..., part] @ k[..., part].mT / 4**0.5).softmax(dim=-1)
+        expected[..., part] = weight @ v[..., part]
+    torch.testing.assert_close(attend(q, k, v, heads=2), expected)
+
+
+def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphics cards need, on any device."""
+    frames, n, heads = 3, 5, 2
+    q, k, v = (torch.randn(2 * frames, n, 8) for _ in range(3))
+    whole = temporal_attend(q, k, v, heads, frames)
+    fused, calls = F.scaled_dot_product_attention, []
+
+    def spy(*tensors: Tensor) -> Tensor:
+        calls.append([len(tensor) * heads for tensor in tensors])
+        return fused(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    assert torch.equal(temporal_attend(q, k, v, heads, frames), whole)
+    assert calls == [[20, 20, 20]]
+    monkeypatch.setattr(attention, "_fused_rows", lambda device: 7)
+    torch.testing.assert_close(temporal_attend(q, k, v, heads, frames), whole)
+    assert calls[1:] == [[6, 6, 6]] * 3 + [[2, 2, 2]]
+
+
+def test_a_grid_of_cuda_has_so_many_blocks() -> None:
+    assert attention._fused_rows(torch.device("cuda", 1)) == 65535
+    assert attention._fused_rows(torch.device("cpu")) > 2**40
+
+
+# --- temporal layers -------------------------------------------------------------------------------
+
+
+def test_a_temporal_layer_is_norm_attention_and_projection() -> None:
+    layer = TemporalLayer(CHANNELS, INNER, HEADS, torch.nn)
+    x = torch.randn(2 * 3, 4, CHANNELS)
+    n = F.layer_norm(x, [CHANNELS], layer.norm_temp.weight, layer.norm_temp.bias, 1e-5)
+    projections = (layer.attn_temp.to_q, layer.attn_temp.to_k, layer.attn_temp.to_v)
+    assert all(projection.bias is None for projection in projections)
+    q, k, v = (projection(n).unflatten(0, (2, 3)).transpose(1, 2).flatten(0, 1) for projection in projections)
+    out = layer.attn_temp.to_out(attend(q, k, v, HEADS)).unflatten(0, (2, 4)).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(layer(x, 3), out)
+    assert {key: value.shape for key, value in layer.state_dict(prefix="a.").items()} == {
+        key: value.shape for key, value in draw_temporal({"a": (INNER, CHANNELS)}, 0).items()
+    }
+
+
+def test_drawn_weights_are_these_on_every_machine() -> None:
+    """Files of a low rank hold the difference from them."""
+    drawn = draw_temporal({"other": (4, 4), BLOCK: (INNER, CHANNELS)}, 3)
+    alone = draw_temporal({BLOCK: (INNER, CHANNELS)}, 3)
+    assert all(torch.equal(value, drawn[key]) for key, value in alone.items())
+    corner = {name: alone[f"{BLOCK}.attn_temp.to_{name}.weight"][:2, 0].tolist() for name in "qkv"}
+    assert corner == {name: pytest.approx(values, abs=1e-6) for name, values in GOLDEN.items()}
+    for name in "qkv":
+        weight = alone[f"{BLOCK}.attn_temp.to_{name}.weight"]
+        assert weight.shape == (INNER, CHANNELS) and 0.8 < float(weight.abs().max()) * CHANNELS**0.5 <= 1
+    zero = [f"{BLOCK}.attn_temp.to_out.0.{leaf}" for leaf in ("weight", "bias")] + [f"{BLOCK}.norm_temp.bias"]
+    assert not any(alone[key].any() for key in zero) and bool((alone[f"{BLOCK}.norm_temp.weight"] == 1).all())
+
+
+GOLDEN = {"q": [0.256636, -0.144730], "k": [-0.235130, 0.069581], "v": [0.043493, 0.162052]}
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    return build_model(UNETS["tiny"]).model.diffusion_model
+
+
+@pytest.mark.parametrize("operations", [torch.nn, CastingOperations])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporal_layers_lie_under_the_blocks_paths(unet: Any, operations: Any, dtype: torch.dtype) -> None:
+    paths = list(inflate.transformer_blocks(unet))
+    drawn = inflate.initial_temporal(unet, lambda path: path != paths[0], 1)
+    with torch.device("meta"):  # whatever the default device is
+        root = inflate.build_temporal(unet, drawn, operations, dtype)
+    layers = inflate.temporal_layers(root)
+    assert list(layers) == paths[1:]
+    state = root.state_dict()
+    assert state.keys() == drawn.keys()
+    assert all(torch.equal(value, drawn[key].to(dtype)) for key, value in state.items())
+    assert not any(parameter.requires_grad for parameter in root.parameters())
+    assert all(layer.heads == 4 for layer in layers.values())
+
+
+# --- which forwards are swapped --------------------------------------------------------------------
+
+
+class Odd(torch.nn.Module):
+    """Modules that look a little like those that are wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        silu, norm = torch.nn.SiLU(), torch.nn.GroupNorm(1, 2)
+        self.out = torch.nn.Linear(2, 2)
+        self.inner = torch.nn.Module()
+        self.inner.out = torch.nn.Sequential(norm, silu)
+        self.linear = torch.nn.Module()
+        self.linear.in_layers = torch.nn.Sequential(torch.nn.Linear(2, 2), silu)
+        self.other = torch.nn.Module()
+        self.other.in_layers = torch.nn.Sequential(torch.nn.GroupNorm(1, 2), torch.nn.Identity())
+        self.list = torch.nn.Module()
+        self.list.in_layers = torch.nn.ModuleList([norm, silu])
+        self.wrapped = torch.nn.ModuleDict()
+        for name, parts in {"one": ["attn1"], "two": ["attn2"], "whole": ["attn1", "attn2"]}.items():
+            self.wrapped[name] = torch.nn.ModuleDict({part: torch.nn.Identity() for part in parts})
+            for part in parts:
+                setattr(self.wrapped[name], part, self.wrapped[name]._modules[part])
+
+
+def test_only_whole_blocks_are_blocks() -> None:
+    root = torch.nn.Module()
+    root.transformer_blocks = Odd().wrapped
+    assert inflate.transformer_blocks(root) == {}
+    outer = torch.nn.Module()
+    outer.a = root
+    assert list(inflate.transformer_blocks(outer)) == ["a.transformer_blocks.whole"]
+
+
+def test_pooled_norms_are_those_of_residual_blocks_and_the_head(unet: Any) -> None:
+    names = {module: name for name, module in unet.named_modules()}
+    found = inflate.pooled_norms(unet)
+    blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "ResBlock"]
+    wanted = {f"{name}.{part}.0" for name in blocks for part in ("in_layers", "out_layers")} | {"out.0"}
+    assert {names[norm] for norm in found} == wanted
+    assert all(names[silu] == names[norm].removesuffix("0") + "1" for norm, silu in found.items() if silu)
+    assert all(found.values())
+    # Where the timestep comes between norm and activation, they are apart.
+    modulated = unet.get_submodule(blocks[0])
+    modulated.use_scale_shift_norm = True
+    try:
+        apart = [names[norm] for norm, silu in inflate.pooled_norms(unet).items() if silu is None]
+    finally:
+        modulated.use_scale_shift_norm = False
+    assert apart == [f"{blocks[0]}.out_layers.0"]
+
+
+def test_what_only_looks_like_a_norm_to_pool_is_not() -> None:
+    odd = Odd()
+    assert inflate.pooled_norms(odd) == {odd.other.in_layers[0]: None}
+
+
+@pytest.mark.parametrize("mode", SPATIAL_MODES)
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_each_part_can_be_left_out(unet: Any, mode: Any, pooled: bool, strength: float) -> None:
+    blocks = inflate.transformer_blocks(unet)
+    with_layer, crossed = list(blocks)[1], list(blocks)[2]
+    blocks[crossed].disable_self_attn = True
+    try:
+        layers = {with_layer: SimpleNamespace()}
+        inflation, backend = Inflation(mode, pooled, strength), SimpleNamespace()
+        swaps = inflated_forwards(unet, inflation, layers, Layout(2, 1), backend)  # type: ignore[arg-type]
+    finally:
+        blocks[crossed].disable_self_attn = False
+    names = {module: name for name, module in unet.named_modules()}
+    wanted = [f"{path}.attn1" for path in blocks if path != crossed] if mode != "per frame" else []
+    wanted += [with_layer] if strength else []
+    norms = [names[norm] for norm in inflate.pooled_norms(unet)] if pooled else []
+    wanted += [name.removesuffix("0") + end for name in norms for end in "01"]
+    assert sorted(names[module] for module, _ in swaps) == sorted(wanted)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    assert Inflation() == Inflation("sparse-causal", True, 1.0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_temporal_layer_is_added_at_its_strength(strength: float) -> None:
+    x, residual = torch.randn(2, 6, 4, 8)
+    layer: Any = lambda given, frames: residual if frames == 3 and given is doubled else None  # noqa: E731
+    doubled = 2 * x
+    forward = inflate._with_temporal(lambda x, n: doubled, layer, strength, Layout(3, 2))
+    torch.testing.assert_close(forward(x, n=1), doubled + strength * residual)
+
+
+def test_spatial_attention_takes_what_the_block_gives() -> None:
+    """Context and value of another pack's patch, and options for the host's attention."""
+    parts = {name: torch.nn.Linear(CHANNELS, INNER) for name in ("to_q", "to_k", "to_v")}
+    attn: Any = SimpleNamespace(**parts, to_out=torch.nn.Linear(INNER, 3), heads=HEADS, attn_precision="exact")
+    seen: list[Any] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, heads: int, **options: Any) -> Tensor:
+        seen.append((heads, options))
+        return attend(q, k, v, heads)
+
+    def first_frame(path: str, name: str, tokens: Tensor) -> Tensor:
+        seen.append((path, name, tokens.shape))
+        return tokens[:, 2:3]
+
+    x, context, value = torch.randn(3, 4 * 1, 5, CHANNELS)
+    arguments: Any = (BLOCK, attn, "first frame only", Layout(4, 1), SimpleNamespace(attend=spy))
+    both = {"context": context, "value": value}
+    for given, k, v in (({}, x, x), ({"context": context}, context, context), (both, context, value)):
+        for elsewhere, at in ((None, 0), (first_frame, 2)):
+            seen.clear()
+            forward = inflate._spatial_attention(*arguments, elsewhere)
+            out = forward(x, **given, mask="ignored", transformer_options={"a": 1})
+            anchor = [parts[name](tokens[at : at + 1]).expand(4, -1, -1) for name, tokens in (("to_k", k), ("to_v", v))]
+            torch.testing.assert_close(out, attn.to_out(attend(attn.to_q(x), *anchor, HEADS)))
+            assert seen.pop() == (HEADS, {"attn_precision": "exact", "transformer_options": {"a": 1}})
+            assert seen == [(BLOCK, name, (1, 4, 1, 5, INNER)) for name in ("k", "v") if elsewhere]
+
+
+# --- pooled norms ----------------------------------------------------------------------------------
+
+
+def test_pooled_norms_in_half_precision_do_not_overflow() -> None:
+    """Scaled gradients times activations, summed over a video, exceed what float16 holds."""
+    frames, c, groups = 3, 8, 4
+    generator = torch.Generator().manual_seed(0)
+    x = (8 * torch.randn(2 * frames, c, 16, 8, generator=generator) + 3).half().requires_grad_()
+    weight, bias = torch.randn(2, c, generator=generator).half()
+    g = (512 * torch.rand(x.shape, generator=generator)).half()
+    (dx,) = torch.autograd.grad(pooled_group_norm(x, frames, groups, weight, bias, 1e-5, True), x, g)
+    wide = x.detach().double().requires_grad_()
+    out = pooled_group_norm(wide, frames, groups, weight.double(), bias.double(), 1e-5, True)
+    (expected,) = torch.autograd.grad(out, wide, g.double())
+    assert dx.dtype == torch.float16 and bool(dx.isfinite().all())
+    assert float((dx.double() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_epsilon_keeps_an_even_picture_finite() -> None:
+    x = torch.full((4, 4, 3, 3), 7.0)
+    assert torch.equal(pooled_group_norm(x, 2, 2, torch.ones(4), torch.full((4,), 0.5), 1e-5), torch.full_like(x, 0.5))
+    one = torch.zeros_like(x)
+    one[0, 0, 0, 0] = 0.01
+    expected = F.group_norm(one.unflatten(0, (2, 2)).transpose(1, 2), 2, eps=1e-5).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(pooled_group_norm(one, 2, 2, torch.ones(4), torch.zeros(4), 1e-5), expected)
