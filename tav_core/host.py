@@ -515,6 +515,12 @@ def release_cached_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def put_models_aside() -> None:
+    """Unload all models, as the host does when it runs out of memory; they are loaded again when they are needed."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
 # --- CLIP ------------------------------------------------------------------------------------------
 
 

@@ -253,6 +253,12 @@ class HostServer:
         """Cancel the graph that is running."""
         self.post("/interrupt", {})
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
     def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None) -> RunResult:
         """Queue an API-format graph and follow it to its end.
 
