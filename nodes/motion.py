@@ -12,7 +12,7 @@ from ..tav_core.low_rank import KEPT_KEY, compress, expand
 from ..tav_core.weights import Motion, load_motion, save_motion
 from .limits import check_limits
 from .memory import memory_explained
-from .paths import check_room, check_target, disk_explained, next_name
+from .paths import LONGEST_NAME, check_room, check_target, disk_explained, next_name
 from .types import CATEGORY, MotionType, search_aliases
 
 FOLDER = "tav"
@@ -107,7 +107,7 @@ class LoadMotion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
         """Load again when the file has changed."""
-        path = folder_paths.get_full_path(FOLDER, file) if file else None
+        path = _path_of(file)
         if path is None:
             return ""
         stat = Path(path).stat()
@@ -117,7 +117,13 @@ class LoadMotion(io.ComfyNode):
     @memory_explained("file", "Close what else takes memory and queue again.")
     def execute(cls, file: str) -> io.NodeOutput:
         """Read the file; ValueError for one that is missing, damaged, of a newer format or no motion at all."""
-        path = folder_paths.get_full_path(FOLDER, file)
+        path = _path_of(file)
         if path is None:
-            raise ValueError(f"file: {file} is not in the models folder {FOLDER}. Refresh the list and choose again.")
+            name = str(file)[:LONGEST_NAME]
+            raise ValueError(f"file: {name} is not in the models folder {FOLDER}. Refresh the list and choose again.")
         return io.NodeOutput(expand(load_motion(Path(path))))
+
+
+def _path_of(name: Any) -> str | None:
+    """The path of a motion file by the name that the list has; None for anything else that a link may bring."""
+    return folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) and name else None

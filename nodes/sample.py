@@ -73,7 +73,7 @@ class DDIMInvert(io.ComfyNode):
             samples,
             callback=latent_preview.prepare_callback(model, steps),
         )
-        return io.NodeOutput({**latent, "samples": inverted, CLIP_KEY: samples})
+        return io.NodeOutput({**latent, "samples": host.check_prediction(inverted), CLIP_KEY: samples})
 
 
 class TAVSample(io.ComfyNode):
@@ -170,6 +170,7 @@ class TAVSample(io.ComfyNode):
             eta=eta,
             noise_seed=seed,
         )
+        edited = host.check_prediction(edited)
         if mask is not None:
             # The last level, alpha_bar[0], is not quite clean: outside the mask the clip shall be exact.
             edited = host.paste_masked(edited, start, mask)

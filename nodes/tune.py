@@ -329,5 +329,9 @@ class OneShotTune(io.ComfyNode):
         }
         # Half precision from here on, in memory as on disk: what is seen now is what a saved file will give.
         tuned = Motion(learnt.tensors, metadata).to(torch.float16)
+        if not all(value.isfinite().all() for value in tuned.tensors.values()):
+            raise RuntimeError(
+                "learning_rate: the tuned weights are too large for half precision. Lower it and tune anew."
+            )
         out = host.inflate_model(model, Inflation(inflation.attention, inflation.pool_group_norm), tuned)
         return io.NodeOutput(out, tuned, pictures.loss_curve(losses))

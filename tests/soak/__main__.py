@@ -3,9 +3,10 @@
 `python tests/soak --seed 0 --runs 50 --comfyui PATH` queues that many graphs on one server, several at a time: stock
 images, stock images with a LoRA at changing strengths, videos from the same checkpoints inflated, inversions, and
 tunings of two clips, each with either of two checkpoints. Some are interrupted while they run, some taken off the
-queue. Every result is then held against that of a server that was started for this graph alone: all numbers must be
-the same, bit by bit. Then one sequence of graphs is queued over and over, for the server's memory. At last nothing
-unfinished may lie in its folders. Prints a line per kind of graph; exit status 0 = nothing broken.
+queue. Every result is then held against that of a server that was started for this graph alone, and what is
+stock in it against one on which nothing of this pack ran: all numbers must be the same, bit by bit. Then tunings are
+queued over and over, for the server's memory. At last nothing unfinished may lie in its folders. Prints a line per
+kind of graph; exit status 0 = nothing broken.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,7 @@ PACK = "Tune-A-Video"
 OUTCOMES = ("identical", "interrupted", "off the queue", "DIFFERENT", "FAILED")
 BROKEN = OUTCOMES[3:]
 MOST_AT_ONCE = 4
-# Seconds that a graph takes, roughly: over so long after queueing, moments to interrupt at are drawn.
+# Seconds that a graph takes, at first; then as measured. Over so long, moments to interrupt at are drawn.
 USUAL = 4.0
 POLL = 0.1
 LONGEST = 1200.0
@@ -149,17 +151,19 @@ def disturb(server: HostServer, runs: list[Run], moments: list[tuple[float, str,
                 server.post("/interrupt", {} if how == "interrupt any" else {"prompt_id": runs[index].prompt_id})
 
 
-def busy_time(server: HostServer, rng: Random, count: int) -> list[Run]:
-    """``count`` jobs, a few at a time, some of them disturbed. The server's folders are as they were left before."""
+def busy_time(server: HostServer, rng: Random, count: int, seconds: float) -> list[Run]:
+    """``count`` jobs, or as many as can be queued in so long, a few at a time, some of them disturbed."""
     done: list[Run] = []
-    while len(done) < count:
+    began = time.monotonic()
+    while len(done) < count and time.monotonic() - began < seconds:
         batch = [
             queue(server, jobs.random_job(rng), len(done) + index)
             for index in range(min(rng.randint(1, MOST_AT_ONCE), count - len(done)))
         ]
+        usual = (time.monotonic() - began) / len(done) if done else USUAL
         moments = [
             (
-                rng.uniform(0, USUAL * len(batch)),
+                rng.uniform(0, usual * len(batch)),
                 rng.choice(("interrupt any", "interrupt one", "take off")),
                 rng.randrange(len(batch)),
             )
@@ -179,22 +183,30 @@ def busy_time(server: HostServer, rng: Random, count: int) -> list[Run]:
 
 
 def judge(runs: list[Run], comfyui: Path, scratch: Path, shared: Path) -> None:
-    """Hold finished runs against a server that was started for their job alone."""
-    clean: dict[Job, dict[str, str]] = {}
-    for run in runs:
-        if run.outcome:
-            continue
+    """Hold finished runs against clean servers: one that runs stock graphs alone, and one for each other job alone."""
+    finished = [run for run in runs if not run.outcome]
+    stock = list(dict.fromkeys(jobs.stock_of(run.job) for run in finished))
+    clean = clean_digests(stock, comfyui, scratch / "clean-stock", shared) if stock else {}
+    for run in finished:
         if run.job not in clean:
-            print(f"clean run {len(clean) + 1}: {run.job}", file=sys.stderr, flush=True)
-            with started(comfyui, scratch / f"clean-{len(clean)}", shared) as server:
-                alone = queue(server, run.job, 0)
-                wait(server, [alone])
-            if alone.outcome:
-                raise HostError(f"the clean run of {run.job} ended as {alone.outcome}: {alone.said}")
-            clean[run.job] = alone.digests
-        expected = clean[run.job]
+            clean |= clean_digests([run.job], comfyui, scratch / f"clean-{len(clean)}", shared)
+        # What is stock in its graph is held against the server on which nothing of this pack ever ran.
+        expected = clean[run.job] | clean[jobs.stock_of(run.job)]
         different = sorted(name for name in expected if run.digests.get(name) != expected[name])
         run.outcome, run.said = ("DIFFERENT", ", ".join(different)) if different else ("identical", "")
+
+
+def clean_digests(wanted: Sequence[Job], comfyui: Path, base: Path, shared: Path) -> dict[Job, dict[str, str]]:
+    """Results of jobs on a server of their own."""
+    print("clean: " + "; ".join(map(str, wanted)), file=sys.stderr, flush=True)
+    with started(comfyui, base, shared) as server:
+        runs = [queue(server, job, 0) for job in wanted]
+        wait(server, runs)
+    shutil.rmtree(base)
+    for run in runs:
+        if run.outcome:
+            raise HostError(f"the clean run of {run.job} ended as {run.outcome}: {run.said}")
+    return {run.job: run.digests for run in runs}
 
 
 def memory_of(server: HostServer) -> int:
@@ -202,22 +214,21 @@ def memory_of(server: HostServer) -> int:
     return psutil.Process(server.process_id).memory_info().rss
 
 
-def repeat(server: HostServer, count: int, state: Path) -> list[int]:
-    """One round of graphs, queued again and again; memory after each round.
+def repeat(server: HostServer, count: int) -> list[int]:
+    """Tunings of one clip and the other in turn, for the same result each time; memory after each.
 
-    Tuning one clip and then the other, each anew: the server neither remembers their results nor finds them on disk.
+    Each is done anew: the server neither remembers their results nor finds them on disk.
     """
     used = []
     for index in range(count):
-        for clip in range(len(jobs.CLIPS)):
-            for file in state.glob("*"):
-                file.unlink()
-            run = queue(server, Job("tuned", clip=clip), 5000 + index)
-            wait(server, [run])
-            if run.outcome:
-                raise HostError(f"a repeated run ended as {run.outcome}: {run.said}")
+        for file in (server.output_folder / ".tune-a-video").glob("*"):
+            file.unlink()
+        run = queue(server, Job("tuned", clip=index % len(jobs.CLIPS)), 5000 + index)
+        wait(server, [run])
+        if run.outcome:
+            raise HostError(f"a repeated run ended as {run.outcome}: {run.said}")
         used.append(memory_of(server))
-        print(f"round {index + 1}: {used[-1] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
+        print(f"repeated run {index + 1}: {used[-1] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     return used
 
 
@@ -266,7 +277,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=50, help="graphs that are queued at random")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds of the same graphs, for memory; 0 = none")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after so long, no further graph is queued")
+    parser.add_argument("--repeats", type=int, default=20, help="tunings queued one by one, for memory; 0 = none")
     parser.add_argument("--comfyui", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     options = parser.parse_args()
     comfyui = engine.find_comfyui(options.comfyui)
@@ -277,15 +289,14 @@ def main() -> int:
         shared.mkdir()
         write_inputs(shared)
         with started(comfyui, Path(scratch, "server"), shared) as server:
-            runs = busy_time(server, Random(options.seed), options.runs)  # noqa: S311
-            state = server.output_folder / ".tune-a-video"
-            used = repeat(server, options.repeats, state)
+            runs = busy_time(server, Random(options.seed), options.runs, 60 * options.minutes)  # noqa: S311
+            used = repeat(server, options.repeats)
             left = left_behind(server)
         judge(runs, comfyui, Path(scratch), shared)
     sound = report(runs)
     if len(used) > 2:
         growth = used[-1] / used[1] - 1
-        print(f"memory after round 2: {used[1] / 2**20:.1f} MiB, after {len(used)}: {growth:+.2%}")
+        print(f"memory after 2 repeated runs: {used[1] / 2**20:.1f} MiB, after {len(used)}: {growth:+.2%}")
         sound &= growth <= MOST_GROWTH
     print(f"left behind: {', '.join(left) or 'nothing'}")
     return 0 if sound and not left else 1

@@ -54,6 +54,11 @@ def random_job(rng: Random) -> Job:
     return Job(kind, checkpoint, checkpoint if kind in ("inflated", "inverted") else 0)
 
 
+def stock_of(job: Job) -> Job:
+    """The job that has a job's stock image and nothing else."""
+    return Job("lora" if job.strength else "stock", job.checkpoint, strength=job.strength, seed=job.seed)
+
+
 def graph_of(job: Job, salt: int) -> tuple[Graph, dict[str, Node]]:
     """The graph, and the nodes that save something, by what they save.
 
