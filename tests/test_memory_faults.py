@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def on_the_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=ERRORS)
+@pytest.fixture(params=["accelerator", "CPU", "Python"])
 def error(request: pytest.FixtureRequest) -> Callable[[], Exception]:
     return ERRORS[request.param]
 
@@ -94,10 +95,13 @@ def live_bytes() -> int:
 @contextmanager
 def unharmed(model: Any) -> Iterator[None]:
     """Afterwards the model is what it was, in bits and in forwards, and no tensor more is alive."""
+    # A motion's changes are in the weights for as long as the model is loaded.
+    comfy.model_management.unload_all_models()
     unet = host.unet_of(model)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     alive = live_bytes()
     yield
+    comfy.model_management.unload_all_models()
     assert live_bytes() <= alive, "tensors are left over"
     assert not any("forward" in module.__dict__ for module in unet.modules()), "forwards are left over"
     assert torch.is_inference_mode_enabled()
@@ -191,27 +195,32 @@ def failing(error: Callable[[], Exception]) -> Callable[..., Any]:
     return fail
 
 
+IN_TUNING = [
+    (comfy.model_management, "load_models_gpu"),
+    (comfy.sampler_helpers, "convert_cond"),
+    (memory, "measure"),
+    (host.TrainingUNet, "predict"),
+    (Tensor, "backward"),
+    (torch.nn.utils, "clip_grad_norm_"),
+    (torch.optim.AdamW, "step"),
+    (host.TrainingUNet, "weight"),
+    (resume, "fingerprint"),
+]
+
+
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "kind"),
     [
-        (comfy.model_management, "load_models_gpu"),
-        (comfy.sampler_helpers, "convert_cond"),
-        (memory, "measure"),
-        (host.TrainingUNet, "predict"),
-        (Tensor, "backward"),
-        (torch.nn.utils, "clip_grad_norm_"),
-        (torch.optim.AdamW, "step"),
-        (host.TrainingUNet, "weight"),
-        (resume, "fingerprint"),
+        pytest.param(*each, kind, id=f"{each[1]}-{kind}")
+        for each, kind in zip(IN_TUNING, itertools.cycle(ERRORS), strict=False)
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_tuning_without_memory_says_so(
-    owner: Any, name: str, error: Callable[[], Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(UNETS["tiny"])
     with unharmed(model), monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match=CLEAR):
-        patch.setattr(owner, name, failing(error))
+        patch.setattr(owner, name, failing(ERRORS[kind]))
         tune(model, checkpoints=tmp_path)
     assert not list(tmp_path.glob(".*")), "half a file"
 
@@ -278,9 +287,10 @@ def test_no_picture_of_the_loss_does_not_end_a_tuning(
 # --- the nodes beside the model --------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def motion() -> Motion:
-    found, _ = tune(build_model(UNETS["tiny"]))
+    with torch.inference_mode():
+        found, _ = tune(build_model(UNETS["tiny"]))
     return Motion(found.tensors, {low_rank.SEED_KEY: "0"}).to(torch.float16)
 
 
@@ -337,9 +347,8 @@ ALLOCATIONS = [
     ("node", "given", "owner", "name", "kind"),
     [
         *(
-            pytest.param(*each, error, id=f"{each[0]}-{each[3]}-{kind}")
-            for each in ALLOCATIONS
-            for kind, error in ERRORS.items()
+            pytest.param(*each, ERRORS[kind], id=f"{each[0]}-{each[3]}-{kind}")
+            for each, kind in zip(ALLOCATIONS, itertools.cycle(ERRORS), strict=False)
         ),
         POPEN_FAILS,
     ],
@@ -416,6 +425,7 @@ def test_an_encoder_that_the_system_ended_was_out_of_memory(tmp_path: Path) -> N
 
 
 def test_what_pytorch_really_says_is_known() -> None:
+    assert all(is_out_of_memory(make()) for make in ERRORS.values())
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**56, dtype=torch.uint8)
     assert is_out_of_memory(caught.value) and type(caught.value) is not torch.OutOfMemoryError

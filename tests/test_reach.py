@@ -164,6 +164,8 @@ def hook(event, args):
         if set(mode) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             seen.append(["write", os.path.realpath(os.fsdecode(args[0]))])
     elif event in ("os.rename", "os.remove", "os.mkdir", "os.symlink", "os.link", "shutil.rmtree"):
+        if event == "os.remove" and args[1] != -1:
+            return  # by a name within a folder that shutil.rmtree told of
         path = args[1] if event in ("os.rename", "os.symlink") else args[0]
         seen.append([event, os.path.realpath(os.fsdecode(path))])
 
