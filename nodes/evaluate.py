@@ -7,7 +7,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..tav_core import host, metrics, pictures
+from .memory import memory_explained
 from .types import CATEGORY, search_aliases
+
+REMEDY = "Compare fewer frames, or make them smaller."
 
 
 class EvaluateVideo(io.ComfyNode):
@@ -57,6 +60,7 @@ class EvaluateVideo(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("source", REMEDY)
     def execute(
         cls,
         source: Any,
@@ -115,6 +119,7 @@ class CompareVideos(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("source", REMEDY)
     def execute(
         cls,
         source: Any,

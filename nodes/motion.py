@@ -11,10 +11,12 @@ from comfy_api.latest import io
 from ..tav_core.low_rank import KEPT_KEY, compress, expand
 from ..tav_core.weights import Motion, load_motion, save_motion
 from .limits import check_limits
-from .paths import next_name
+from .memory import memory_explained
+from .paths import LONGEST_NAME, check_room, check_target, disk_explained, next_name
 from .types import CATEGORY, MotionType, search_aliases
 
 FOLDER = "tav"
+_PREFIX, _OPTION = "skiing", "--base-directory"
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 # Without this the list would show whatever lies there, unfinished files included.
@@ -57,6 +59,12 @@ class SaveMotion(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Look at the folder before anything runs: a tuning comes before what saves it."""
+        return check_target(filename_prefix, folder_paths.get_folder_paths(FOLDER)[0], _PREFIX, _OPTION)
+
+    @classmethod
+    @memory_explained("motion", "Close what else takes memory and queue again: the tuning need not run again.")
     def execute(cls, motion: Motion, filename_prefix: str, rank: int = 0) -> io.NodeOutput:
         """Write the file; ValueError for a prefix that leaves the models folder or is no name."""
         check_limits(cls, rank=rank)
@@ -65,9 +73,11 @@ class SaveMotion(io.ComfyNode):
             motion = compress(motion, rank)
             said = f" (keeps {float(motion.metadata[KEPT_KEY]):.0%} of what was learnt)"
         root = folder_paths.get_folder_paths(FOLDER)[0]
-        folder, name, _ = next_name(filename_prefix, root, "skiing")
-        path = Path(folder) / f"{name}.safetensors"
-        save_motion(motion, path)
+        with disk_explained(_OPTION):
+            folder, name, _ = next_name(filename_prefix, root, _PREFIX)
+            check_room(folder, sum(value.nbytes for value in motion.tensors.values()), _OPTION)
+            path = Path(folder) / f"{name}.safetensors"
+            save_motion(motion, path)
         return io.NodeOutput(str(path), ui={"text": [str(path) + said]})
 
 
@@ -97,16 +107,23 @@ class LoadMotion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
         """Load again when the file has changed."""
-        path = folder_paths.get_full_path(FOLDER, file) if file else None
+        path = _path_of(file)
         if path is None:
             return ""
         stat = Path(path).stat()
         return f"{path} {stat.st_mtime_ns} {stat.st_size}"
 
     @classmethod
+    @memory_explained("file", "Close what else takes memory and queue again.")
     def execute(cls, file: str) -> io.NodeOutput:
         """Read the file; ValueError for one that is missing, damaged, of a newer format or no motion at all."""
-        path = folder_paths.get_full_path(FOLDER, file)
+        path = _path_of(file)
         if path is None:
-            raise ValueError(f"file: {file} is not in the models folder {FOLDER}. Refresh the list and choose again.")
+            name = str(file)[:LONGEST_NAME]
+            raise ValueError(f"file: {name} is not in the models folder {FOLDER}. Refresh the list and choose again.")
         return io.NodeOutput(expand(load_motion(Path(path))))
+
+
+def _path_of(name: Any) -> str | None:
+    """The path of a motion file by the name that the list has; None for anything else that a link may bring."""
+    return folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) and name else None

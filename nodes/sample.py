@@ -12,11 +12,13 @@ from ..tav_core import host, schedule
 from ..tav_core.invert import ddim_invert
 from ..tav_core.sample import ddim_sample
 from .limits import check_limits
+from .memory import memory_explained
 from .types import CATEGORY, search_aliases
 
 LAST_STEPS = ("clip noise level", "zero")
 # Kept in the LATENT beside the inverted samples, so that a masked edit can keep the clip outside its mask.
 CLIP_KEY = "tav_clip"
+REMEDY = "Use fewer frames or a smaller size, or look at the frames in parts, with Context Windows (Manual)."
 
 
 class DDIMInvert(io.ComfyNode):
@@ -53,6 +55,7 @@ class DDIMInvert(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("latent", REMEDY)
     def execute(cls, model: Any, latent: dict[str, Any], conditioning: Any, steps: int) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         check_limits(cls, steps=steps)
@@ -70,7 +73,7 @@ class DDIMInvert(io.ComfyNode):
             samples,
             callback=latent_preview.prepare_callback(model, steps),
         )
-        return io.NodeOutput({**latent, "samples": inverted, CLIP_KEY: samples})
+        return io.NodeOutput({**latent, "samples": host.check_prediction(inverted), CLIP_KEY: samples})
 
 
 class TAVSample(io.ComfyNode):
@@ -129,6 +132,7 @@ class TAVSample(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("latent", REMEDY)
     def execute(
         cls,
         model: Any,
@@ -166,6 +170,7 @@ class TAVSample(io.ComfyNode):
             eta=eta,
             noise_seed=seed,
         )
+        edited = host.check_prediction(edited)
         if mask is not None:
             # The last level, alpha_bar[0], is not quite clean: outside the mask the clip shall be exact.
             edited = host.paste_masked(edited, start, mask)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 from PIL import Image
@@ -17,19 +16,21 @@ from ..tav_core import host, pictures
 from ..tav_core.attention import SPATIAL_MODES
 from ..tav_core.inflate import Inflation
 from ..tav_core.low_rank import SEED_KEY
+from ..tav_core.out_of_memory import is_out_of_memory
 from ..tav_core.trainable import TRAIN_SCOPES
 from ..tav_core.tune import TuneSettings, one_shot_tune
 from ..tav_core.weights import Motion
 from .limits import check_limits
+from .memory import memory_explained
+from .paths import state_folder
 from .prompt import source_text
 from .types import CATEGORY, MotionType, search_aliases
 
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
+REMEDY = "Use fewer frames or a smaller size. If the tuning had ended, it is not run again."
 _PREVIEW_SECONDS, _PREVIEW_SIZE = 2.0, 768
-# Below the output folder: the host empties its temp folder when it starts.
-UNFINISHED = ".tune-a-video"
 
 
 class InflateUNet(io.ComfyNode):
@@ -83,6 +84,7 @@ class InflateUNet(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("model", "Close what else takes memory and queue again.")
     def execute(
         cls,
         model: Any,
@@ -113,6 +115,11 @@ class _Progress:
         self.bar = comfy.utils.ProgressBar(steps)
         self.begun: tuple[float, int] | None = None
         self.shown = 0.0
+        self.warned = False
+
+    def warning(self, text: str) -> None:
+        """What went wrong with keeping the run's state: the log has it, the picture says that there is something."""
+        self.warned = True
 
     def step(self, step: int) -> None:
         """Raises when the user cancels."""
@@ -130,8 +137,17 @@ class _Progress:
         began, first = self.begun
         rate = max(len(losses) - 1 - first, 1) / max(now - began, 1e-3)
         left = round((self.steps - len(losses)) / rate)
-        curve = pictures.loss_curve(losses, f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left")
-        picture = Image.fromarray((curve[0] * 255).round().byte().numpy())
+        note = f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left"
+        if self.warned:
+            note += "; state cannot be kept, see the log"
+        try:
+            curve = pictures.loss_curve(losses, note)
+            picture = Image.fromarray((curve[0] * 255).round().byte().numpy())
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logging.warning("Tune-A-Video: no memory for a picture of the loss; tuning goes on")
+            return
         self.bar.update_absolute(len(losses), self.steps, ("JPEG", picture, _PREVIEW_SIZE))
 
 
@@ -223,6 +239,7 @@ class OneShotTune(io.ComfyNode):
         )
 
     @classmethod
+    @memory_explained("latent", REMEDY)
     def execute(
         cls,
         model: Any,
@@ -267,6 +284,10 @@ class OneShotTune(io.ComfyNode):
             gradient_clip=gradient_clip,
         )
         progress = _Progress(steps)
+        folder = state_folder()
+        if folder is None:
+            logging.warning("Tune-A-Video: .tune-a-video leads out of the output folder; no state of this run is kept")
+            progress.warned = True
         started = motion or host.carried_motion(model)
         learnt, losses = one_shot_tune(
             host.deflated(model),
@@ -278,7 +299,8 @@ class OneShotTune(io.ComfyNode):
             PRECISIONS[precision],
             on_step=progress.step,
             on_losses=progress.losses,
-            checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
+            checkpoints=folder,
+            on_warning=progress.warning,
         )
         if progress.begun is None:  # the run was on disk already
             progress.bar.update_absolute(steps, steps)
@@ -307,5 +329,9 @@ class OneShotTune(io.ComfyNode):
         }
         # Half precision from here on, in memory as on disk: what is seen now is what a saved file will give.
         tuned = Motion(learnt.tensors, metadata).to(torch.float16)
+        if not all(value.isfinite().all() for value in tuned.tensors.values()):
+            raise RuntimeError(
+                "learning_rate: the tuned weights are too large for half precision. Lower it and tune anew."
+            )
         out = host.inflate_model(model, Inflation(inflation.attention, inflation.pool_group_norm), tuned)
         return io.NodeOutput(out, tuned, pictures.loss_curve(losses))

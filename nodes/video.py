@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ..tav_core import video
 from .limits import check_limits
-from .paths import next_name
+from .memory import memory_explained
+from .paths import check_target, disk_explained, next_name
 from .types import CATEGORY, search_aliases
+
+_PREFIX, _OPTION = "TuneAVideo/video", "--output-directory"
 
 
 class LoadVideo(io.ComfyNode):
@@ -128,6 +131,7 @@ class LoadVideo(io.ComfyNode):
         return f"{status.st_mtime_ns}-{status.st_size}"
 
     @classmethod
+    @memory_explained("frame_count", "Keep fewer frames, or make them smaller.")
     def execute(
         cls,
         file: str,
@@ -170,7 +174,7 @@ class SaveVideo(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix",
-                    default="TuneAVideo/video",
+                    default=_PREFIX,
                     tooltip="Folder and beginning of the name inside the output folder; a number is added.",
                 ),
                 io.Combo.Input(
@@ -203,6 +207,11 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return check_target(filename_prefix, folder_paths.get_output_directory(), _PREFIX, _OPTION)
+
+    @classmethod
+    @memory_explained("images", "Save fewer frames at a time, or make them smaller.")
     def execute(
         cls,
         images: Tensor,
@@ -215,13 +224,15 @@ class SaveVideo(io.ComfyNode):
         check_limits(cls, fps=fps, format=format, quality=quality)
         height, width = images.shape[1:3] if images.ndim == 4 else (0, 0)
         root = folder_paths.get_output_directory()
-        folder, name, subfolder = next_name(filename_prefix, root, "TuneAVideo/video", width, height)
-        path = Path(folder, f"{name}.{format}").absolute()
-        metadata = {} if args.disable_metadata else _workflow(cls.hidden)
-        video.save_clip(images, fps, path, quality, audio, metadata, ProgressBar(1).update_absolute)
+        with disk_explained(_OPTION):
+            folder, name, subfolder = next_name(filename_prefix, root, _PREFIX, width, height)
+            path = Path(folder, f"{name}.{format}").absolute()
+            metadata = {} if args.disable_metadata else _workflow(cls.hidden)
+            video.save_clip(images, fps, path, quality, audio, metadata, ProgressBar(1).update_absolute)
         saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         if format == "gif":
-            preview = _gif_preview(images, fps, saved)
+            with disk_explained("--temp-directory"):
+                preview = _gif_preview(images, fps, saved)
         else:
             preview = ui.PreviewVideo([saved])
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), str(path), ui=preview)

@@ -125,6 +125,9 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
             "latent: it holds values that are not finite (NaN or infinity). Encode the clip again, "
             "with the VAE in fp32 if it was fp16."
         )
+    mask = latent.get("noise_mask")
+    if mask is not None and not torch.isfinite(mask).all():
+        raise ValueError("latent: its noise mask holds values that are not finite (NaN or infinity). Draw it again.")
     return samples
 
 
@@ -133,7 +136,10 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
     if not conditioning:
         raise ValueError(f"{name}: it is empty. Connect a CLIP Text Encode node.")
     width = context_width(model)
-    for embedding, _ in conditioning:
+    for embedding, options in conditioning:
+        pooled = options.get("pooled_output")
+        if pooled is not None and not torch.isfinite(pooled).all():
+            raise ValueError(f"{name}: its pooled text embedding holds NaN. Connect a CLIP Text Encode node.")
         if embedding.ndim != 3 or 0 in embedding.shape or not torch.isfinite(embedding).all():
             raise ValueError(
                 f"{name}: a text embedding of shape {list(embedding.shape)} is not [prompts, tokens, width], or holds "
@@ -166,6 +172,16 @@ def _hints(control: Any) -> int:
         most = max(most, 0 if hint is None else hint.shape[0])
         control = getattr(control, "previous_controlnet", None)
     return most
+
+
+def check_prediction(samples: Tensor) -> Tensor:
+    """``samples``, that a sampler gave. Raises RuntimeError if they are not finite: the model overflowed on the way."""
+    if not torch.isfinite(samples).all():
+        raise RuntimeError(
+            "model: what it predicted is not finite (NaN or infinity). Half precision has overflowed, or the motion's "
+            "strengths are too high: start ComfyUI with --fp32-unet or --bf16-unet, or lower them."
+        )
+    return samples
 
 
 def model_scale(model: ModelPatcher) -> float:
@@ -512,6 +528,12 @@ def free_memory(device: torch.device) -> float:
 
 def release_cached_memory() -> None:
     """Give back what PyTorch's allocator holds in reserve."""
+    comfy.model_management.soft_empty_cache()
+
+
+def put_models_aside() -> None:
+    """Unload all models, as the host does when it runs out of memory; they are loaded again when they are needed."""
+    comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
 
 

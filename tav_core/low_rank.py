@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .inflate import draw_temporal
+from .out_of_memory import is_out_of_memory
 from .weights import Motion
 
 RANK_KEY, SEED_KEY, KEPT_KEY = "rank", "temporal_seed", "kept"
@@ -74,6 +75,8 @@ def expand(motion: Motion) -> Motion:
             if key in initial and value.ndim == 2:
                 value += initial[key]
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"file: its low-rank weights are incomplete ({error}). Copy it again, or tune again."
         ) from error

@@ -211,11 +211,13 @@ def _counting(unet: torch.nn.Module) -> Iterator[dict[str, _Counted]]:
     def pack(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
         address = tensor.untyped_storage().data_ptr()
+        # Without its history: the graph would hold itself, where no garbage collector looks.
+        alone = tensor.detach()
         # A parameter that is saved as it is takes no memory of its own.
         if running and address not in seen and not (base.is_leaf and base.requires_grad):
-            seen[address] = tensor
+            seen[address] = alone
             found[running[-1]].saved += tensor.untyped_storage().nbytes()
-        return tensor
+        return alone
 
     def attended(size: int) -> None:
         if running:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .out_of_memory import is_out_of_memory
 from .weights import write_safetensors
 
 FORMAT = "tune-a-video run 1"
 # Runs that nobody went on with go after this many seconds, and the oldest when there are more than so many.
 KEPT_FOR = 3 * 24 * 3600.0
 KEPT_RUNS = 3
+# What this module names its files, and no other: a run, or what is being written of one.
+_OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}.*\.part")
 # At most this share of the time is spent on writing.
 _SHARE_OF_TIME = 0.05
 
@@ -52,13 +57,35 @@ class Checkpoint:
     """The file of one run in ``folder``.
 
     Written every ``interval`` seconds, or more seldom if writing is slow; 0 = after every step, however slow.
-    No method raises for a file or a disk that fails: the run goes on without, and the log says so.
+    No method raises for a file or a disk that fails: the run goes on without, and the log and ``warn`` say so.
     """
 
-    def __init__(self, folder: Path, run: str, interval: float) -> None:
+    def __init__(self, folder: Path, run: str, interval: float, warn: Callable[[str], None] | None = None) -> None:
         self.path = folder / f"{run}.safetensors"
-        self._run, self._interval = run, interval
+        self._run, self._interval, self._tell = run, interval, warn
         self._due = time.monotonic() + interval
+
+    def _warn(self, text: str) -> None:
+        logging.warning("Tune-A-Video: %s", text)
+        if self._tell is not None:
+            self._tell(text)
+
+    def check(self, size: int) -> None:
+        """Say so, before the work, if the folder cannot take a state of ``size`` bytes."""
+        folder = self.path.parent
+        # While a state is written, the one before it is there still.
+        needed = size if self.path.exists() else 2 * size
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                free = shutil.disk_usage(folder).free
+        except OSError as error:
+            reason = str(error)
+        else:
+            if free >= needed:
+                return
+            reason = f"{free / 2**20:.0f} MiB are left on the disk, {needed / 2**20:.0f} MiB are needed"
+        self._warn(f"this run's state cannot be kept in {folder} ({reason}): if it is cut off, it starts anew")
 
     def due(self) -> bool:
         """Whether it is time to write."""
@@ -76,8 +103,8 @@ class Checkpoint:
                 "sha256": fingerprint(state.values, sorted(tensors.items())),
             }
             write_safetensors(tensors, metadata, self.path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            logging.warning("Tune-A-Video: the run's state cannot be written to %s (%s)", self.path, error)
+        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+            self._warn(f"this run's state cannot be written to {self.path} ({error})")
         now = time.monotonic()
         self._due = now + (max(self._interval, (now - began) / _SHARE_OF_TIME) if self._interval else 0.0)
 
@@ -95,6 +122,8 @@ class Checkpoint:
             if wrong is not None:
                 raise ValueError(f"its {wrong} is another")
         except (OSError, KeyError, ValueError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             logging.warning("Tune-A-Video: %s is damaged (%s); tuning starts from the beginning", self.path, error)
             return None
         return State(tensors, values)
@@ -108,7 +137,7 @@ class Checkpoint:
         try:
             for partial in self.path.parent.glob(f".{self._run}*.part"):
                 _remove(partial)
-            files = [path for path in self.path.parent.glob("*") if path.suffix in (".safetensors", ".part")]
+            files = [path for path in self.path.parent.glob("*") if _OURS.fullmatch(path.name)]
             newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
             for place, path in enumerate(newest):
                 old = time.time() - path.stat().st_mtime > KEPT_FOR

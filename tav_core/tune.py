@@ -22,6 +22,7 @@ from .inflate import (
     temporal_layers,
     transformer_blocks,
 )
+from .out_of_memory import OutOfMemoryError, explained, is_out_of_memory
 from .schedule import add_noise, alphas_cumprod, training_target
 from .trainable import CastingOperations, TrainScope, in_scope
 from .weights import QUERY_SUFFIX, Motion, check_fits
@@ -35,6 +36,11 @@ _CHECK_INTERVAL = 5
 
 # The rest is for what the allocator cannot use and for what other programs on the device do meanwhile.
 SHARE_OF_FREE_MEMORY = 0.8
+
+_NO_MEMORY = (
+    "Use fewer frames or a smaller size, set train_scope to middle and up, or close what else takes memory. What was "
+    "learnt until the run's state was last written is kept: queued again, it goes on from there."
+)
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -104,6 +110,7 @@ def one_shot_tune(
     on_losses: Callable[[list[float]], None] | None = None,
     checkpoints: Path | None = None,
     checkpoint_interval: float = 60.0,
+    on_warning: Callable[[str], None] | None = None,
 ) -> tuple[Motion, list[float]]:
     """Tune query projections and temporal layers on one clip.
 
@@ -117,25 +124,27 @@ def one_shot_tune(
     each, may raise to stop; ``on_losses`` gets the losses so far, every few steps.
     ``checkpoints``: a folder to keep the run's state in, every ``checkpoint_interval`` seconds and when it is
     stopped: a run with the same inputs (and the same ``draw``) goes on from there, to the same weights, and a
-    finished one gives its result again without tuning.
+    finished one gives its result again without tuning. ``on_warning`` is told if the state cannot be kept.
 
     A step whose loss or gradient is not finite changes nothing; several in a row end the run. Returns the
     motion (float32, without metadata) and the loss of every step until then. Raises ValueError for inputs that
-    don't fit together, RuntimeError when no step went well or no plan fits into memory.
+    don't fit together, RuntimeError when no step went well, OutOfMemoryError when no plan fits into memory.
     """
     host.check_model(model)
     if motion is not None:
         check_fits(motion, host.query_shapes(model), host.family(model))
     start = {} if motion is None else {key: value.float() for key, value in motion.tensors.items()}
 
-    with host.training_unet(model, latents, conditioning, precision) as session:
+    with explained("latent", _NO_MEMORY), host.training_unet(model, latents, conditioning, precision) as session:
         weights = _trainable_weights(session, settings, start)
         descent = _Descent(session, weights.trained, settings, draw, on_gradients)
         checkpoint = None
         if checkpoints is not None:
             run = resume.fingerprint(_decisive(session, settings, inflation), _all_values(session, start))
-            checkpoint = resume.Checkpoint(checkpoints, run, checkpoint_interval)
+            checkpoint = resume.Checkpoint(checkpoints, run, checkpoint_interval, on_warning)
             checkpoint.tidy()
+            # The weights that learn and AdamW's two moments of each.
+            checkpoint.check(3 * sum(p.nbytes for p in weights.trained.values()))
             descent.go_on(checkpoint.read())
         frames = len(session.latents)
         costs = _costs(session, weights, inflation)
@@ -411,10 +420,12 @@ def _step(
             with swapped(memory.planned_forwards(unet, plan)):
                 loss = descent.backward(timestep, noise)
             break
-        except torch.cuda.OutOfMemoryError as error:  # of any device
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if plan.smallest:
-                raise RuntimeError(
-                    "Out of memory, although all activations are recomputed. "
+                raise OutOfMemoryError(
+                    "latent: out of memory, although all activations are recomputed. "
                     "Use fewer frames or a smaller size, or set train_scope to middle and up."
                 ) from error
         plan = memory.make_plan(costs, plan.bytes / 2)

@@ -9,11 +9,13 @@ file's rotation tag and convert colours alike.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -35,6 +37,8 @@ import psutil
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .out_of_memory import told_of
 
 START_UNITS = ("seconds", "frames")
 RESIZE_MODES = ("crop to fill", "fit", "stretch", "keep")
@@ -364,7 +368,8 @@ def read_frames(
     """Decode the frames with these indices (increasing by one step): [F, H, W, 3] float32 in 0..1.
 
     Each frame is resized as it is decoded (Lanczos, antialiased), so that only the result is held in memory.
-    Raises ValueError if the result would not fit in memory, or if the file's frames cannot be decoded.
+    Raises ValueError if the result would not fit in memory, or if the file's frames cannot be decoded, MemoryError
+    if the decoder itself ran out of memory.
     """
     source = info.width, info.height
     target = fitted_size(source, width, height, resize)
@@ -377,7 +382,7 @@ def read_frames(
         )
     box = source_box(source, target, resize)
     images = torch.empty(len(indices), target[1], target[0], 3)
-    done = 0
+    done, reason = 0, ""
     for reader in (_decord_frames, _ffmpeg_frames):
         done = 0
         try:
@@ -389,8 +394,11 @@ def read_frames(
                     if progress:
                         progress(done, len(indices))
             return images
-        except _CannotReadError as reason:
+        except _CannotReadError as error:
+            reason = str(error)
             logging.info("%s: %s does not read it (%s)", info.name, reader.__name__, reason)
+    if told_of(reason):
+        raise MemoryError(reason)
     raise ValueError(
         f"file: '{info.name}' is damaged or truncated: {done} of the {len(indices)} wanted frames could be"
         " decoded; convert it again, or choose a part that plays."
@@ -512,8 +520,8 @@ def save_clip(
     webm (80 is crf 17 and crf 21); audio: trimmed to the video's length, not in gif; metadata: each value is
     stored as JSON under its key, as the host's own SaveVideo does it (gif: one JSON object as the comment).
     H.264 needs even sides: an odd one gets its last row or column twice. The file appears only when it is
-    complete. Raises ValueError, before any work, for frames or sound that cannot be encoded, RuntimeError if
-    ffmpeg fails.
+    complete. Raises ValueError, before any work, for frames or sound that cannot be encoded, OSError for a disk
+    that is full or cannot be written to, MemoryError or RuntimeError if ffmpeg fails for want of memory or otherwise.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -630,7 +638,17 @@ def _run_encoder(
             with suppress(OSError):
                 process.stdin.close()
         if code:
-            raise RuntimeError(f"ffmpeg could not write {name}: {_last_line(log) or f'exit status {code}'}")
+            raise _encoder_error(name, code, log)
+
+
+def _encoder_error(name: str, code: int, log: BinaryIO) -> Exception:
+    said = _last_line(log)
+    log.seek(0)
+    if os.strerror(errno.ENOSPC).encode() in log.read():  # in any of its lines; the last is "Conversion failed!"
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    if os.name == "posix" and code == -signal.SIGKILL:
+        return MemoryError(f"the system ended ffmpeg while it wrote {name}, as it does when memory runs out")
+    return RuntimeError(f"ffmpeg could not write {name}: {said or f'exit status {code}'}")
 
 
 def _add_gif_comment(path: Path, text: str) -> None:

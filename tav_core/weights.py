@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .out_of_memory import is_out_of_memory
+
 FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
 FORMAT_VERSION = 2
@@ -129,6 +131,8 @@ def load_motion(path: Path) -> Motion:
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"file: {path.name} cannot be read as a motion file ({error}). It is damaged or incomplete: "
             "copy it again, or tune again."

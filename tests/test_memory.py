@@ -175,5 +175,5 @@ def test_no_memory_even_with_everything_recomputed_is_said_so(monkeypatch: pytes
         return forward(self, noisy, timestep)
 
     monkeypatch.setattr(host.TrainingUNet, "predict", none_left)
-    with pytest.raises(RuntimeError, match="Out of memory, although.*fewer frames or a smaller size"):
+    with pytest.raises(RuntimeError, match="out of memory, although.*fewer frames or a smaller size"):
         tune(build_model(UNETS["tiny"]))

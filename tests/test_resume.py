@@ -224,20 +224,25 @@ def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
         os.utime(path, (time.time() - age,) * 2)
         return path
 
-    ours = resume.Checkpoint(tmp_path, "run", 0.0)
-    kept = [file("run.safetensors", resume.KEPT_FOR + 60), file("theirs.safetensors", 60), file(".theirs.part", 60)]
-    kept.append(file("notes.txt", 2 * resume.KEPT_FOR))
-    file("old.safetensors", resume.KEPT_FOR + 60)
-    file(".runx1.part", 0)
-    (tmp_path / ".runx2.part").mkdir()
-    file(".runx2.part/motion", 0)
+    run, theirs, old = ("ab" * 32, "cd" * 32, "ef" * 32)
+    ours = resume.Checkpoint(tmp_path, run, 0.0)
+    kept = [file(f"{run}.safetensors", resume.KEPT_FOR + 60), file(f"{theirs}.safetensors", 60)]
+    kept += [file(f".{theirs}.part", 60), file("notes.txt", 2 * resume.KEPT_FOR)]
+    # Whatever else a user keeps there is not ours to remove.
+    kept.append(file("sd15.safetensors", 2 * resume.KEPT_FOR))
+    file(f"{old}.safetensors", resume.KEPT_FOR + 60)
+    file(f".{run}x1.part", 0)
+    (tmp_path / f".{run}x2.part").mkdir()
+    file(f".{run}x2.part/motion", 0)
     ours.tidy()
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+    kept[1].unlink()
     for age in range(resume.KEPT_RUNS + 2):
-        file(f"{age}.safetensors", age + 1)
+        file(f"{age:064}.safetensors", age + 1)
     ours.tidy()
     names = {path.name for path in tmp_path.glob("[!.]*.safetensors")}
-    assert names == {"run.safetensors", *(f"{age}.safetensors" for age in range(resume.KEPT_RUNS))}
+    newest = (f"{age:064}.safetensors" for age in range(resume.KEPT_RUNS))
+    assert names == {f"{run}.safetensors", "sd15.safetensors", *newest}
 
 
 def test_writing_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,6 +267,12 @@ class HostServer:
         while self.get("/queue")["queue_running"] and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
     def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None) -> RunResult:
         """Queue an API-format graph and follow it to its end.
 

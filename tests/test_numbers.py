@@ -1,0 +1,138 @@
+"""Numbers that are not finite: none is taken, none is handed on, and half precision finds its scale by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def on_the_server() -> Iterator[None]:
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+def latent(value: float | None = None) -> dict[str, Any]:
+    samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    if value is not None:
+        samples[1, 2, 3, 4] = value
+    return {"samples": samples}
+
+
+def conditioning(value: float | None = None, pooled: float | None = None) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    embedding, other = torch.randn(1, 7, 32, generator=generator), torch.randn(1, 1280, generator=generator)
+    if value is not None:
+        embedding[0, 1, 2] = value
+    if pooled is not None:
+        other[0, 1] = pooled
+    return [[embedding, {"pooled_output": other}]]
+
+
+def overflowing(model: Any) -> Any:
+    """The model with a head that gives infinity."""
+    host.unet_of(model).out[2].weight.fill_(INF)
+    return model
+
+
+@pytest.fixture
+def nodes() -> SimpleNamespace:
+    from tune_a_video.nodes import sample, tune
+
+    hidden = {"hidden": SimpleNamespace(prompt=None, unique_id="1", extra_pnginfo=None)}
+    tuning = type("OneShotTune", (tune.OneShotTune,), hidden)
+
+    def run_tune(model: Any, latent: Any, prompt: Any, steps: int = 2, rate: float = 1e-3) -> Motion:
+        return tuning.execute(model, latent, prompt, steps, rate, 0, "all", "auto", 0, 1.0).result[1]
+
+    return SimpleNamespace(
+        tune=run_tune,
+        invert=lambda model, latent, prompt: sample.DDIMInvert.execute(model, latent, prompt, 2).result[0],
+        sample=lambda model, latent, prompt: sample.TAVSample.execute(
+            model, prompt, prompt, latent, 2, 3.0, 0.0, 0
+        ).result[0],
+    )
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("node", ["tune", "invert", "sample"])
+def test_values_that_are_not_finite_are_refused_at_the_socket(nodes: SimpleNamespace, node: str, value: float) -> None:
+    run, model = getattr(nodes, node), build_model(UNETS["tiny"])
+    with pytest.raises(ValueError, match="^latent: .*not finite.*Encode the clip again"):
+        run(model, latent(value), conditioning())
+    with pytest.raises(ValueError, match=r"^(conditioning|positive): .*NaN.*CLIP Text Encode"):
+        run(model, latent(), conditioning(value))
+    with pytest.raises(ValueError, match=r"^(conditioning|positive): .*pooled.*NaN.*CLIP Text Encode"):
+        run(model, latent(), conditioning(pooled=value))
+    with pytest.raises(ValueError, match="^latent: its noise mask holds .*not finite"):
+        run(model, {**latent(), "noise_mask": torch.full((1, 8, 8), value)}, conditioning())
+    run(model, latent(), conditioning())
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("node", ["invert", "sample"])
+def test_a_model_that_overflows_hands_nothing_on(nodes: SimpleNamespace, node: str) -> None:
+    model = host.inflate_model(overflowing(build_model(UNETS["tiny"])), Inflation())
+    with pytest.raises(RuntimeError, match="^model: what it predicted is not finite.*--fp32-unet"):
+        getattr(nodes, node)(model, latent(), conditioning())
+
+
+@pytest.mark.comfyui
+def test_a_model_that_overflows_cannot_be_tuned(nodes: SimpleNamespace) -> None:
+    with pytest.raises(RuntimeError, match="loss stopped being a finite number around step 1.*Lower learning_rate"):
+        nodes.tune(overflowing(build_model(UNETS["tiny"])), latent(), conditioning())
+
+
+@pytest.mark.comfyui
+def test_weights_that_half_precision_cannot_hold_are_no_motion(
+    nodes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tune_a_video.nodes import tune
+
+    real = one_shot_tune
+
+    def grown(*args: Any, **options: Any) -> tuple[Motion, list[float]]:
+        motion, losses = real(*args, **options)
+        return Motion({key: value * 1e9 for key, value in motion.tensors.items()}), losses
+
+    monkeypatch.setattr(tune, "one_shot_tune", grown)
+    with pytest.raises(RuntimeError, match="^learning_rate: the tuned weights are too large.*Lower it"):
+        nodes.tune(build_model(UNETS["tiny"]), latent(), conditioning())
+
+
+def in_fp16(steps: int) -> tuple[dict[str, Tensor], list[float]]:
+    settings = TuneSettings(steps=steps, learning_rate=1e-3)
+    motion, losses = one_shot_tune(
+        build_model(UNETS["tiny"]), latent()["samples"], conditioning(), settings, precision=torch.float16
+    )
+    return dict(motion.tensors), losses
+
+
+def test_gradients_that_overflow_in_fp16_find_their_scale(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps at the beginning are left out until the scale fits, and what is learnt then is finite and repeatable."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    motion, losses = in_fp16(16)
+    assert "left out, loss or gradient is not finite: steps [1, 2" in caplog.text
+    assert "steps [12" not in caplog.text and "tuning ends" not in caplog.text
+    assert all(value.isfinite().all() for value in motion.values()) and all(loss == loss for loss in losses)
+    learnt = [key for key, value in motion.items() if key.endswith("to_out.0.weight") and value.abs().max() > 0]
+    assert learnt, "no step was taken"
+    again, same_losses = in_fp16(16)
+    assert losses == same_losses and all(torch.equal(value, again[key]) for key, value in motion.items())
