@@ -6,6 +6,7 @@ from ..demo.loader import LoadDemoModel
 from .evaluate import CompareVideos, EvaluateVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
+from .stop import register
 from .tune import InflateUNet, OneShotTune
 from .video import LoadVideo, SaveVideo
 
@@ -15,6 +16,7 @@ class TuneAVideoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of a graph."""
+        register()
         return [
             LoadVideo,
             InflateUNet,
