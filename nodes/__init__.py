@@ -3,10 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..demo.loader import LoadDemoModel
+from .addresses import register
 from .evaluate import CompareVideos, EvaluateVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
-from .stop import register
 from .tune import InflateUNet, OneShotTune
 from .video import LoadVideo, SaveVideo
 

@@ -6,7 +6,6 @@ ends after the step it is in, and the graph goes on with its result. The button 
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,15 +36,11 @@ def request_stop(node: str | None) -> list[str]:
     return asked
 
 
-def register() -> None:
-    """Add the address to the host's server, where there is one."""
-    host: Any = sys.modules.get("server")
-    instance = getattr(getattr(host, "PromptServer", None), "instance", None)
-    if instance is None:
-        return
+def add_route(routes: Any) -> None:
+    """Add the address to a server's ``aiohttp.web.RouteTableDef``."""
     from aiohttp import web
 
-    @instance.routes.post(PATH)
+    @routes.post(PATH)
     async def stop(request: web.Request) -> web.Response:
         given = await request.json() if request.can_read_body else {}
         node = given.get("node_id") if isinstance(given, dict) else None

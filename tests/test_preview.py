@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -178,31 +176,3 @@ def test_a_tuning_is_stopped_by_its_nodes_number(node: Context, monkeypatch: pyt
     assert asked == [[], [], ["4:3"]]
     assert motion.metadata["steps"] == "3" and curve.isfinite().all()
     assert stop.request_stop(None) == []
-
-
-def test_the_server_gets_an_address_to_stop_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiohttp import web
-    from aiohttp.test_utils import TestClient, TestServer
-    from tune_a_video.nodes import stop
-
-    routes = web.RouteTableDef()
-    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes)))
-    monkeypatch.setitem(sys.modules, "server", server)
-    stop.register()
-
-    async def ask() -> list[Any]:
-        app = web.Application()
-        app.add_routes(routes)
-        async with TestClient(TestServer(app)) as client:
-            with stop.stoppable("12") as event:
-                other = await (await client.post(stop.PATH, json={"node_id": 3})).json()
-                assert not event.is_set()
-                ours = await (await client.post(stop.PATH, json={"node_id": 12})).json()
-                assert event.is_set()
-            with stop.stoppable("12") as event:
-                anyone = await (await client.post(stop.PATH)).json()
-                assert event.is_set()
-            return [other, ours, anyone, await (await client.post(stop.PATH, json=[])).json()]
-
-    answers = [answer["stopping"] for answer in asyncio.run(ask())]
-    assert answers == [[], ["12"], ["12"], []]
