@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..demo.loader import LoadDemoModel
+from .addresses import register
 from .evaluate import CompareVideos, EvaluateVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
@@ -15,6 +16,7 @@ class TuneAVideoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of a graph."""
+        register()
         return [
             LoadVideo,
             InflateUNet,

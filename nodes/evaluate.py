@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..tav_core import host, metrics, pictures
 from .memory import memory_explained
+from .preview import FRAMES_PER_SECOND, temporary_video
 from .types import CATEGORY, search_aliases
 
 REMEDY = "Compare fewer frames, or make them smaller."
@@ -80,8 +81,10 @@ class EvaluateVideo(io.ComfyNode):
             if clip is not None and prompt.strip():
                 text = host.text_embedding(clip, prompt)
         found, curves = metrics.evaluate(source, edited, embeddings, text, mask)
-        table = metrics.table(found)
-        return io.NodeOutput(table, pictures.frame_curves(curves), ui=ui.PreviewText(table))
+        table, plot = metrics.table(found), pictures.frame_curves(curves)
+        # A picture, because front ends show the text of core's own nodes only.
+        shown = ui.PreviewImage(pictures.figures_above(metrics.rows(found), plot), cls=cls).as_dict()
+        return io.NodeOutput(table, plot, ui={**shown, **ui.PreviewText(table).as_dict()})
 
 
 class CompareVideos(io.ComfyNode):
@@ -99,8 +102,8 @@ class CompareVideos(io.ComfyNode):
             display_name="Compare Videos (Tune-A-Video)",
             category=CATEGORY,
             **search_aliases("side by side", "contact sheet", "before and after"),
-            description="Puts a clip and up to four edits side by side, with captions: one video, and one picture "
-            "with every frame.",
+            description="Puts a clip and up to four edits side by side, with captions: one video, which plays "
+            "in the node, and one picture with every frame.",
             inputs=[
                 io.Image.Input("source", tooltip="The clip that was edited."),
                 *edits,
@@ -116,6 +119,7 @@ class CompareVideos(io.ComfyNode):
                 io.Image.Output(display_name="video", tooltip="All clips next to each other, for Save Video."),
                 io.Image.Output(display_name="contact_sheet", tooltip="One row of frames for each clip."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -137,4 +141,6 @@ class CompareVideos(io.ComfyNode):
             (lines[index] if index < len(lines) and lines[index].strip() else name, frames)
             for index, (name, frames) in enumerate(videos)
         ]
-        return io.NodeOutput(pictures.side_by_side(named), pictures.contact_sheet(named))
+        together = pictures.side_by_side(named)
+        shown = temporary_video(together, FRAMES_PER_SECOND, "compared")
+        return io.NodeOutput(together, pictures.contact_sheet(named), ui=shown)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import latent_preview
 import torch
 from comfy_api.latest import io
 
@@ -13,6 +12,7 @@ from ..tav_core.invert import ddim_invert
 from ..tav_core.sample import ddim_sample
 from .limits import check_limits
 from .memory import memory_explained
+from .preview import MovingPreview, sampling_callback
 from .types import CATEGORY, search_aliases
 
 LAST_STEPS = ("clip noise level", "zero")
@@ -63,16 +63,17 @@ class DDIMInvert(io.ComfyNode):
         samples = host.check_latent(model, latent)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
-        inverted = host.run_sampler(
-            model,
-            ddim_invert,
-            sigmas,
-            conditioning,
-            conditioning,
-            1.0,
-            samples,
-            callback=latent_preview.prepare_callback(model, steps),
-        )
+        with MovingPreview(steps) as preview:
+            inverted = host.run_sampler(
+                model,
+                ddim_invert,
+                sigmas,
+                conditioning,
+                conditioning,
+                1.0,
+                samples,
+                callback=sampling_callback(model, preview),
+            )
         return io.NodeOutput({**latent, "samples": host.check_prediction(inverted), CLIP_KEY: samples})
 
 
@@ -155,21 +156,22 @@ class TAVSample(io.ComfyNode):
         start, noise, mask = samples, None, latent.get("noise_mask")
         if mask is not None:
             start, noise = _clip_and_noise(model, latent, float(sigmas[0]))
-        edited = host.run_sampler(
-            model,
-            ddim_sample,
-            sigmas,
-            positive,
-            negative,
-            guidance,
-            start,
-            noise=noise,
-            noise_mask=mask,
-            seed=seed,
-            callback=latent_preview.prepare_callback(model, steps),
-            eta=eta,
-            noise_seed=seed,
-        )
+        with MovingPreview(steps) as preview:
+            edited = host.run_sampler(
+                model,
+                ddim_sample,
+                sigmas,
+                positive,
+                negative,
+                guidance,
+                start,
+                noise=noise,
+                noise_mask=mask,
+                seed=seed,
+                callback=sampling_callback(model, preview),
+                eta=eta,
+                noise_seed=seed,
+            )
         edited = host.check_prediction(edited)
         if mask is not None:
             # The last level, alpha_bar[0], is not quite clean: outside the mask the clip shall be exact.

@@ -7,10 +7,9 @@ import logging
 import time
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io
-from PIL import Image
+from torch import Tensor
 
 from ..tav_core import host, pictures
 from ..tav_core.attention import SPATIAL_MODES
@@ -23,14 +22,16 @@ from ..tav_core.weights import Motion
 from .limits import check_limits
 from .memory import memory_explained
 from .paths import state_folder
+from .preview import LatentFrames, MovingPreview, Picture
 from .prompt import source_text
+from .stop import stoppable
 from .types import CATEGORY, MotionType, search_aliases
 
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
 REMEDY = "Use fewer frames or a smaller size. If the tuning had ended, it is not run again."
-_PREVIEW_SECONDS, _PREVIEW_SIZE = 2.0, 768
+_PREVIEW_SECONDS, _PREVIEW_SIZE, _FRAMES_PER_SECOND = 2.0, 768, 4.0
 
 
 class InflateUNet(io.ComfyNode):
@@ -108,13 +109,15 @@ class InflateUNet(io.ComfyNode):
 
 
 class _Progress:
-    """The node's progress bar, and below it the loss curve so far with the time that is left."""
+    """The node's progress bar; below it the loss curve so far with the time that is left, and the clip as it is now."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.bar = comfy.utils.ProgressBar(steps)
+    def __init__(self, steps: int, preview: MovingPreview, model: Any) -> None:
+        self.steps, self.preview, self.model = steps, preview, model
         self.begun: tuple[float, int] | None = None
         self.shown = 0.0
+        self.clip: list[Picture] = []
+        self.made: list[Picture] = []
+        self.made_after = 0
         self.warned = False
 
     def warning(self, text: str) -> None:
@@ -126,7 +129,14 @@ class _Progress:
         if self.begun is None:
             # The first step of a run also sets up, and a resumed run does not begin with the first.
             self.begun = (time.monotonic(), step)
-        self.bar.update_absolute(step + 1, self.steps)
+        self.preview.update(step + 1)
+
+    def reconstruction(self, done: int, clip: Tensor, made: Tensor) -> None:
+        """Keep the clip and what the weights make of it, for the next time that the curve is drawn."""
+        frames = LatentFrames(self.model, anyway=True)
+        self.clip = self.clip or frames.all(clip)
+        self.made, self.made_after = frames.all(made), done
+        self.shown = 0.0
 
     def losses(self, losses: list[float]) -> None:
         """Draw the curve, now and then."""
@@ -140,15 +150,20 @@ class _Progress:
         note = f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left"
         if self.warned:
             note += "; state cannot be kept, see the log"
+        captions = ("clip", f"after step {self.made_after}")
         try:
             curve = pictures.loss_curve(losses, note)
-            picture = Image.fromarray((curve[0] * 255).round().byte().numpy())
+            frames = [
+                pictures.below(curve, [(caption, frame) for caption, (_, frame, _) in zip(captions, pair, strict=True)])
+                for pair in zip(self.clip, self.made, strict=True)
+            ]
+            shown = frames or [pictures.below(curve, [])]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             logging.warning("Tune-A-Video: no memory for a picture of the loss; tuning goes on")
             return
-        self.bar.update_absolute(len(losses), self.steps, ("JPEG", picture, _PREVIEW_SIZE))
+        self.preview.show(len(losses), [("JPEG", picture, _PREVIEW_SIZE) for picture in shown])
 
 
 class OneShotTune(io.ComfyNode):
@@ -227,6 +242,24 @@ class OneShotTune(io.ComfyNode):
                     optional=True,
                     tooltip="Weights to go on from. Without it: the motion that the model carries, else fresh ones.",
                 ),
+                io.Int.Input(
+                    "preview_every",
+                    default=50,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between two looks at the clip as it is reconstructed by then, shown below the loss "
+                    "curve. Each takes as long as one or two steps; 0 = never.",
+                ),
+                io.Int.Input(
+                    "patience",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="End when the loss, smoothed over so many steps, has not fallen for so many steps; 100 to "
+                    "200 if any. 0 = run all steps.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
@@ -253,6 +286,8 @@ class OneShotTune(io.ComfyNode):
         warmup_steps: int,
         gradient_clip: float,
         motion: Motion | None = None,
+        preview_every: int = 50,
+        patience: int = 0,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         check_limits(
@@ -264,6 +299,8 @@ class OneShotTune(io.ComfyNode):
             precision=precision,
             warmup_steps=warmup_steps,
             gradient_clip=gradient_clip,
+            preview_every=preview_every,
+            patience=patience,
         )
         host.check_model(model)
         samples = host.check_latent(model, latent)
@@ -283,27 +320,34 @@ class OneShotTune(io.ComfyNode):
             warmup_steps=warmup_steps,
             gradient_clip=gradient_clip,
         )
-        progress = _Progress(steps)
         folder = state_folder()
-        if folder is None:
-            logging.warning("Tune-A-Video: .tune-a-video leads out of the output folder; no state of this run is kept")
-            progress.warned = True
         started = motion or host.carried_motion(model)
-        learnt, losses = one_shot_tune(
-            host.deflated(model),
-            samples,
-            conditioning,
-            settings,
-            Inflation(inflation.attention, inflation.pool_group_norm),
-            started,
-            PRECISIONS[precision],
-            on_step=progress.step,
-            on_losses=progress.losses,
-            checkpoints=folder,
-            on_warning=progress.warning,
-        )
-        if progress.begun is None:  # the run was on disk already
-            progress.bar.update_absolute(steps, steps)
+        with MovingPreview(steps, _FRAMES_PER_SECOND) as preview, stoppable(str(cls.hidden.unique_id)) as stop:
+            progress = _Progress(steps, preview, model)
+            if folder is None:
+                logging.warning(
+                    "Tune-A-Video: .tune-a-video leads out of the output folder; no state of this run is kept"
+                )
+                progress.warned = True
+            learnt, losses = one_shot_tune(
+                host.deflated(model),
+                samples,
+                conditioning,
+                settings,
+                Inflation(inflation.attention, inflation.pool_group_norm),
+                started,
+                PRECISIONS[precision],
+                on_step=progress.step,
+                on_losses=progress.losses,
+                checkpoints=folder,
+                on_warning=progress.warning,
+                on_preview=progress.reconstruction,
+                preview_every=preview_every,
+                patience=patience,
+                stop=stop.is_set,
+            )
+            if progress.begun is None or len(losses) < steps:  # the run was on disk already, or ended early
+                preview.update(steps)
         height, width = samples.shape[-2:]
         metadata = {
             "base_family": host.family(model),

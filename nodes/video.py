@@ -16,6 +16,7 @@ from ..tav_core import video
 from .limits import check_limits
 from .memory import memory_explained
 from .paths import check_target, disk_explained, next_name
+from .preview import temporary_video
 from .types import CATEGORY, search_aliases
 
 _PREFIX, _OPTION = "TuneAVideo/video", "--output-directory"
@@ -269,10 +270,5 @@ def _workflow(hidden: Any) -> dict[str, Any]:
 def _gif_preview(images: Tensor, fps: float, saved: ui.SavedResult) -> dict[str, Any]:
     """What the node shows for a gif. The front end takes every animated result but webp and png for a video, and
     a browser does not play a gif as one: so it gets a temporary mp4, and the file itself goes under "gifs"."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        f"{Path(saved.filename).stem}preview", folder_paths.get_temp_directory()
-    )
-    path = Path(folder, f"{name}_{counter:05}_.mp4")
-    video.save_clip(images, fps, path)
-    shown = ui.SavedResult(path.name, subfolder, io.FolderType.temp)
-    return {**ui.PreviewVideo([shown]).as_dict(), "gifs": [saved]}
+    shown = temporary_video(images, fps, f"{Path(saved.filename).stem}preview")
+    return {**shown.as_dict(), "gifs": [saved]}

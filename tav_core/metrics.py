@@ -196,17 +196,25 @@ def evaluate(
     return figures, curves
 
 
+_GOOD = {
+    "frame consistency": "1 = all frames alike to CLIP",
+    "textual faithfulness": "higher = closer to the prompt; 25 to 35 is usual for ViT-L/14",
+    "motion alignment": "1 = moves as the source, 0 = unrelated",
+    "warp error": "0 = follows the source's motion exactly",
+    "background PSNR, dB": "higher = kept better outside the mask; above 30 it looks the same",
+}
+
+
+def rows(figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Figures as (name, value, what is good)."""
+    return [(name, f"{value:.4g}", _GOOD.get(name, "")) for name, value in figures.items()]
+
+
 def table(figures: Mapping[str, float]) -> str:
     """Figures as a Markdown table, with what is good."""
-    good = {
-        "frame consistency": "1 = all frames alike to CLIP",
-        "textual faithfulness": "higher = closer to the prompt; 25 to 35 is usual for ViT-L/14",
-        "motion alignment": "1 = moves as the source, 0 = unrelated",
-        "warp error": "0 = follows the source's motion exactly",
-        "background PSNR, dB": "higher = kept better outside the mask; above 30 it looks the same",
-    }
-    lines = [f"| {name} | {value:.4g} | {good.get(name, '')} |" for name, value in figures.items()]
-    return "\n".join(["| figure | value | |", "| --- | --- | --- |", *lines])
+    return "\n".join(
+        ["| figure | value | |", "| --- | --- | --- |", *map("| {0[0]} | {0[1]} | {0[2]} |".format, rows(figures))]
+    )
 
 
 def check_same(source: Tensor, edited: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
@@ -54,6 +54,23 @@ def loss_curve(losses: Sequence[float], note: str = "") -> Tensor:
     return _image(picture)
 
 
+def below(curve: Tensor, frames: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """A curve [1, h, w, 3] and, in a row below it, pictures with their captions, all at one size."""
+    top = Image.fromarray((curve[0] * 255).round().byte().numpy())
+    if not frames:
+        return top
+    side = min(_HEIGHT * 2 // 3, (_WIDTH - _GAP) // len(frames) - _GAP)
+    fitted = [(caption, ImageOps.contain(frame, (side, side), Image.Resampling.BICUBIC)) for caption, frame in frames]
+    whole = Image.new("RGB", (_WIDTH, _HEIGHT + _CAPTION + max(frame.height for _, frame in fitted) + _GAP), "white")
+    whole.paste(top)
+    draw = ImageDraw.Draw(whole)
+    for column, (caption, frame) in enumerate(fitted):
+        left = _GAP + column * (side + _GAP)
+        draw.text((left, _HEIGHT + 2), caption, fill="black", font=_font())
+        whole.paste(frame, (left, _HEIGHT + _CAPTION))
+    return whole
+
+
 def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
     """Something over frames, one panel below the other: IMAGE [1, h, w, 3]. An empty mapping gives a blank panel."""
     panel = _HEIGHT // 2
@@ -71,6 +88,18 @@ def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
         draw.rectangle((_MARGIN, top, _WIDTH - _MARGIN, bottom), outline=_INK)
         draw.text((_MARGIN, top - 20), f"{name}: {low:.4g} to {high:.4g}", fill=_INK, font=_font())
     return _image(picture)
+
+
+def figures_above(figures: Sequence[tuple[str, str, str]], plot: Tensor) -> Tensor:
+    """A table of (name, value, what is good) above a plot [1, h, w, 3] of as wide: IMAGE [1, h', w, 3]."""
+    row, columns = _CAPTION, (_GAP, 220, 310)
+    picture = Image.new("RGB", (plot.shape[2], row * len(figures) + _GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, cells in enumerate(figures):
+        for left, cell, ink in zip(columns, cells, (_INK, _STRONG, _INK), strict=True):
+            draw.text((left, index * row + 4), cell, fill=ink, font=_font())
+        draw.line((0, (index + 1) * row, picture.width, (index + 1) * row), fill=_FAINT)
+    return torch.cat([_image(picture), plot], 1)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Tensor]], side: int = 128) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import host, memory, resume
+from . import host, memory, plateau, resume
 from .inflate import (
     Inflation,
     TemporalLayer,
@@ -23,6 +23,7 @@ from .inflate import (
     transformer_blocks,
 )
 from .out_of_memory import OutOfMemoryError, explained, is_out_of_memory
+from .reconstruct import reconstruct
 from .schedule import add_noise, alphas_cumprod, training_target
 from .trainable import CastingOperations, TrainScope, in_scope
 from .weights import QUERY_SUFFIX, Motion, check_fits
@@ -111,6 +112,10 @@ def one_shot_tune(
     checkpoints: Path | None = None,
     checkpoint_interval: float = 60.0,
     on_warning: Callable[[str], None] | None = None,
+    on_preview: Callable[[int, Tensor, Tensor], None] | None = None,
+    preview_every: int = 0,
+    patience: int = 0,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Motion, list[float]]:
     """Tune query projections and temporal layers on one clip.
 
@@ -125,6 +130,11 @@ def one_shot_tune(
     ``checkpoints``: a folder to keep the run's state in, every ``checkpoint_interval`` seconds and when it is
     stopped: a run with the same inputs (and the same ``draw``) goes on from there, to the same weights, and a
     finished one gives its result again without tuning. ``on_warning`` is told if the state cannot be kept.
+    ``on_preview(done, clip, made)`` gets, every ``preview_every`` steps (0 = never), the clip and what the weights
+    make of it now, both [frames, c, h, w] in the UNet's own scale; the weights do not depend on it.
+    ``patience``: end when the loss has not fallen for so many steps (``plateau.end_of_progress``; 0 = never).
+    ``stop``: asked before every step but a fresh run's first; True ends the run. After either end the result is
+    what was learnt until then, and a run with the same inputs that is not ended goes on from there.
 
     A step whose loss or gradient is not finite changes nothing; several in a row end the run. Returns the
     motion (float32, without metadata) and the loss of every step until then. Raises ValueError for inputs that
@@ -145,7 +155,11 @@ def one_shot_tune(
             checkpoint.tidy()
             # The weights that learn and AdamW's two moments of each.
             checkpoint.check(3 * sum(p.nbytes for p in weights.trained.values()))
-            descent.go_on(checkpoint.read())
+            state = checkpoint.read()
+            # Of no use to a run that would have ended before it.
+            ended = None if state is None else _end(state.tensors["history"], patience)
+            if state is not None and (ended is None or state.tensors["history"].shape[1] <= ended):
+                descent.go_on(state)
         frames = len(session.latents)
         costs = _costs(session, weights, inflation)
         if budget is None:
@@ -156,7 +170,8 @@ def one_shot_tune(
         if on_plan is not None:
             on_plan(plan)
         with session.prepared(inflation, weights.layers, weights.queries, frames):
-            _run(descent, costs, plan, on_step, on_losses, checkpoint)
+            previews = None if on_preview is None or preview_every < 1 else (preview_every, on_preview)
+            _run(descent, costs, plan, on_step, on_losses, checkpoint, previews, patience, stop)
         return weights.motion(session), descent.history[0].tolist()
 
 
@@ -338,10 +353,8 @@ class _Descent:
                 tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
         return resume.State(tensors, {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()})
 
-    def go_on(self, state: resume.State | None) -> None:
+    def go_on(self, state: resume.State) -> None:
         """Go on from what ``state`` returned in a run like this one."""
-        if state is None:
-            return
         tensors = state.tensors
         with torch.no_grad():
             for key, parameter in self.trained.items():
@@ -380,13 +393,16 @@ def _run(
     on_step: Callable[[int], None] | None,
     on_losses: Callable[[list[float]], None] | None,
     checkpoint: resume.Checkpoint | None,
+    previews: tuple[int, Callable[[int, Tensor, Tensor], None]] | None,
+    patience: int,
+    stop: Callable[[], bool] | None,
 ) -> None:
-    """The steps that are left, until done or hopeless; the state goes to ``checkpoint``."""
+    """The steps that are left, until done, ended or hopeless; the state goes to ``checkpoint``."""
     unet, steps = descent.session.unet, descent.settings.steps
     logging.info("Tune-A-Video: %s", plan)
     hopeless = False
     try:
-        while descent.done < steps and not hopeless:
+        while descent.done < steps and not hopeless and not _ended(descent, patience, stop):
             plan = _step(descent, unet, costs, plan)
             if descent.done % _CHECK_INTERVAL == 0:
                 hopeless = descent.is_hopeless()
@@ -394,6 +410,8 @@ def _run(
                     on_losses(descent.history[0].tolist())
             if checkpoint is not None and checkpoint.due():
                 checkpoint.write(descent.state())
+            if previews is not None and descent.done % previews[0] == 0:
+                _preview(descent, previews[1])
             if on_step is not None:
                 on_step(descent.done - 1)
     except BaseException:
@@ -406,6 +424,35 @@ def _run(
     elif checkpoint is not None:
         checkpoint.write(descent.state())
     _judge(descent, hopeless)
+
+
+def _end(history: Tensor, patience: int) -> int | None:
+    """The step after which a run with this history is out of patience, as it would have been noticed."""
+    ended = plateau.end_of_progress(history[0].tolist(), patience)
+    return None if ended is None else math.ceil(ended / _CHECK_INTERVAL) * _CHECK_INTERVAL
+
+
+def _ended(descent: _Descent, patience: int, stop: Callable[[], bool] | None) -> bool:
+    """Whether a run ends here, before its last step. Waits for the device every few steps."""
+    if not descent.done:
+        return False
+    why = "it was told to" if stop is not None and stop() else ""
+    if patience and descent.done % _CHECK_INTERVAL == 0 and _end(descent.history, patience) == descent.done:
+        why = f"the loss has not fallen for {patience} steps"
+    if why:
+        logging.info("Tune-A-Video: tuning ends after step %d, because %s; its weights are kept", descent.done, why)
+    return bool(why)
+
+
+def _preview(descent: _Descent, show: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Show what the weights make of the clip; a look that there is no memory for is not worth a run."""
+    try:
+        show(descent.done, descent.session.latents, reconstruct(descent.session))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        host.release_cached_memory()
+        logging.warning("Tune-A-Video: no memory for a preview after step %d; tuning goes on", descent.done)
 
 
 def _step(

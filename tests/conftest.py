@@ -13,6 +13,7 @@ from pathlib import Path
 # torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import browser  # noqa: E402
 import engine  # noqa: E402
 import pytest  # noqa: E402
 
@@ -27,6 +28,7 @@ NOT_RUN = pytest.StashKey[Counter[str]]()
 SUBJECTS = {
     "host": "tests on a running host",
     "comfyui": "tests on ComfyUI's own modules",
+    "browser": "tests in a browser",
     "reference": "tests on reference files",
     "shared": "tests on the shared clips",
 }
@@ -44,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
             pluginmanager.set_blocked(str(Path(value).expanduser().resolve() / "tests" / "conftest.py"))
     group.addoption("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     group.addoption("--engine", choices=["auto", "pypi"], default="auto", help="pypi: ignore any ComfyUI")
+    group.addoption("--screens", metavar="FOLDER", type=Path, help="where browser tests keep pictures of the page")
     group.addoption(
         "--reference",
         metavar="PATH",
@@ -81,6 +84,8 @@ def _absent(config: pytest.Config) -> dict[str, str]:
     if config.stash[COMFYUI] is None:
         why = "no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI"
         absent["host"] = absent["comfyui"] = "--engine pypi" if config.option.engine == "pypi" else why
+    if no_browser := browser.why_absent():
+        absent["browser"] = no_browser
     if not config.option.reference:
         absent["reference"] = f"no --reference, and no file in {SHARED / 'reference'}"
     if not _shared_videos():

@@ -173,7 +173,8 @@ class HostServer:
             "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
             *self.arguments,
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONPYCACHEPREFIX": str(self.base / "pycache")} | self.environment
+        # What is compiled already is read; a cache of its own would have to compile PyTorch at each start.
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | self.environment
         # A ComfyUI that runs under pytest would otherwise take the test's import path for its own.
         environment.pop("PYTHONPATH", None)
         with self.log_path.open("ab") as log:

@@ -46,6 +46,8 @@ WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE = 30
 SLOT = 20
 WIDGET = 24
+# Widgets that the pack's scripts (web/js) add below a node's own; they are neither stored nor sent.
+BUTTONS = {"TAV_OneShotTune": 1}
 NODE_WIDTH = 320
 NOTE_WIDTH = 420
 NOTE_LINE = 21
@@ -182,7 +184,8 @@ class Canvas:
         if unknown:
             raise ValueError(f"{type} has no input {', '.join(sorted(unknown))}")
         sockets = max(len(socket_inputs(definition)), len(outputs))
-        height = sockets * SLOT + (len(widgets) * WIDGET + 14 if widgets else 6) + room
+        rows = len(widgets) + BUTTONS.get(type, 0)
+        height = sockets * SLOT + (rows * WIDGET + 14 if rows else 6) + room
         core = {} if type.startswith("TAV_") else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
         node = {
             **self._place(node_id, type, height, title),
@@ -715,7 +718,7 @@ def long_clip(canvas: Canvas) -> None:
     )  # fmt: skip
     empty = _prompt(canvas, base["CLIP"], "empty prompt", "")
     noise = canvas.add(
-        "TAV_DDIMInvert", model=windows["MODEL"], latent=clip["LATENT"], conditioning=empty["CONDITIONING"]
+        "TAV_DDIMInvert", room=300, model=windows["MODEL"], latent=clip["LATENT"], conditioning=empty["CONDITIONING"]
     )
     canvas.column("4. Edit", YELLOW)
     edit = _prompt(canvas, base["CLIP"], "edit prompt", "a jeep car is moving on the snow")
@@ -764,18 +767,27 @@ def demo_model(canvas: Canvas) -> None:
     canvas.column("3. Invert", PURPLE)
     empty = _prompt(canvas, base["clip"], "empty prompt", "")
     noise = canvas.add(
-        "TAV_DDIMInvert", model=tuned["model"], latent=clip["LATENT"], conditioning=source["CONDITIONING"], steps=20
+        "TAV_DDIMInvert",
+        room=300,
+        model=tuned["model"],
+        latent=clip["LATENT"],
+        conditioning=source["CONDITIONING"],
+        steps=20,
     )
     canvas.column("4. Edit", YELLOW)
     edit = _prompt(canvas, base["clip"], "edit prompt", "a blue star on the sand, painting style")
     sampled = canvas.add(
-        "TAV_Sample", model=tuned["model"], positive=edit["CONDITIONING"], negative=empty["CONDITIONING"],
+        "TAV_Sample", room=300, model=tuned["model"], positive=edit["CONDITIONING"], negative=empty["CONDITIONING"],
         latent=noise["latent"], steps=20, guidance=5.0,
     )  # fmt: skip
     frames = canvas.add("VAEDecode", samples=sampled["latent"], vae=base["vae"])
     canvas.column("5. Result, enlarged", YELLOW)
     both = canvas.add(
-        "TAV_CompareVideos", source=video["images"], edit_1=frames["IMAGE"], captions="a blue heart\na blue star"
+        "TAV_CompareVideos",
+        room=230,
+        source=video["images"],
+        edit_1=frames["IMAGE"],
+        captions="a blue heart\na blue star",
     )
     large = canvas.add("ImageScaleBy", image=both["video"], upscale_method="nearest-exact", scale_by=4.0)
     canvas.add("TAV_SaveVideo", room=340, images=large["IMAGE"], fps=video["fps"], filename_prefix="TuneAVideo/demo")
@@ -803,7 +815,12 @@ def _prompt(canvas: Canvas, clip: Output, title: str, text: str) -> Placed:
 def _tune(canvas: Canvas, model: Output, clip: Placed, source: Placed, name: str, **values: Any) -> Placed:
     canvas.column("2. Tune, once per clip", GREEN)
     tuned = canvas.add(
-        "TAV_OneShotTune", model=model, latent=clip["LATENT"], conditioning=source["CONDITIONING"], **values
+        "TAV_OneShotTune",
+        room=300,
+        model=model,
+        latent=clip["LATENT"],
+        conditioning=source["CONDITIONING"],
+        **values,
     )
     canvas.add("PreviewImage", "loss curve", room=240, images=tuned["loss_curve"])
     canvas.add("TAV_SaveMotion", motion=tuned["motion"], filename_prefix=name)
@@ -815,7 +832,7 @@ def _invert(canvas: Canvas, clip_model: Output, tuned: Placed, clip: Placed) -> 
     canvas.column("3. Invert", PURPLE)
     empty = _prompt(canvas, clip_model, "empty prompt", "")
     noise = canvas.add(
-        "TAV_DDIMInvert", model=tuned["model"], latent=clip["LATENT"], conditioning=empty["CONDITIONING"]
+        "TAV_DDIMInvert", room=300, model=tuned["model"], latent=clip["LATENT"], conditioning=empty["CONDITIONING"]
     )
     return empty, noise
 
@@ -879,6 +896,7 @@ def _sample_and_save(
     """Sampling, decoding and saving below what the column has; the decoded frames."""
     sampled = canvas.add(
         "TAV_Sample",
+        room=300,
         model=model,
         positive=positive if isinstance(positive, Output) else positive["CONDITIONING"],
         negative=negative if isinstance(negative, Output) else negative["CONDITIONING"],
@@ -901,7 +919,7 @@ def _compare(canvas: Canvas, title: str, video: Placed, edits: list[Placed], cap
     """A group that lays the clip and its edits next to each other."""
     canvas.column(title, CYAN)
     frames = {f"edit_{number}": edit["IMAGE"] for number, edit in enumerate(edits, 1)}
-    both = canvas.add("TAV_CompareVideos", room=60, source=video["images"], captions=captions, **frames)
+    both = canvas.add("TAV_CompareVideos", room=160, source=video["images"], captions=captions, **frames)
     canvas.add(
         "TAV_SaveVideo", "side by side", room=340,
         images=both["video"], fps=video["fps"], filename_prefix=f"TuneAVideo/{name}",

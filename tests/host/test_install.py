@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -41,11 +42,17 @@ def test_any_folder_name_and_no_traces(comfyui, name):
             assert len(ours) == 11 and all(node.startswith("TAV_") for node in ours)
             assert TEMPLATE in server.get("/workflow_templates")[name]
             assert server.get("/i18n")["ko"]["nodeDefs"].keys() == set(ours)
-            # ComfyUI's server finds no static files below an address with a space: neither help pages nor templates.
-            for path in (f"extensions/{name}/docs/TAV_Sample.md", f"api/workflow_templates/{name}/{TEMPLATE}.json"):
-                if " " not in name:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/{path}") as answer:  # noqa: S310
-                        assert answer.read()
+            scripts = [path for path in server.get("/extensions") if urllib.parse.quote(name) in path]
+            assert len(scripts) == len(list((ROOT / "web").rglob("*.js")))
+            quoted = urllib.parse.quote(name)
+            for path in (
+                *scripts,
+                f"/extensions/{quoted}/docs/TAV_Sample.md",
+                f"/api/workflow_templates/{quoted}/{TEMPLATE}.json",
+                f"/api/workflow_templates/{quoted}/{TEMPLATE}.jpg",
+            ):
+                with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}") as answer:  # noqa: S310
+                    assert answer.read()
         shutil.rmtree(base / "custom_nodes" / name)
         left = [path.name for path in base.rglob("*") if "pycache" not in path.parts]
         assert not [entry for entry in left if "tav" in entry.lower() or "tune" in entry.lower()]

@@ -1,0 +1,243 @@
+"""The pack in ComfyUI's own page, as a person uses it: templates, a run with its previews, help, cancel, stop, upload.
+
+Pictures of what was seen go to a folder with `--screens FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import pytest
+from host_server import HostServer, host_version
+
+import workflows
+
+pytestmark = [pytest.mark.browser, pytest.mark.host]
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = "tune-a-video-demo-model"
+# Names that templates hold, by the folder that a user has such files in; here they hold nothing.
+STAND_INS = {
+    "checkpoints": (workflows.CHECKPOINT, workflows.DREAMBOOTH, workflows.OTHER_CHECKPOINT),
+    "loras": (workflows.LORA, workflows.CHARACTER_LORA),
+    "controlnet": (workflows.CONTROLNET, workflows.T2I_ADAPTER),
+    "clip_vision": (workflows.CLIP_VISION,),
+    "text_encoders": (workflows.CLIP_TEXT,),
+    "tav": (workflows.MOTION,),
+}
+SECONDS = 600
+# Of the page itself or of other parts of the host, and no concern of the pack's.
+FOREIGN = re.compile(r"favicon|user\.css|\.map\b|ERR_INTERNET_DISCONNECTED|ERR_NAME_NOT_RESOLVED|userdata")
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: Path | None, exercised: list[str]) -> Iterator[HostServer]:
+    assert comfyui is not None
+    base = Path(tempfile.mkdtemp(prefix="tune-a-video-browser-"))
+    clip = ROOT / "demo" / workflows.DRAWN.file
+    try:
+        (base / "input").mkdir()
+        named = {value for path in workflows.API_FOLDER.glob("*.json") for value in files_of(path)}
+        for name in named:
+            shutil.copy(clip, base / "input" / name)
+        for folder, names in STAND_INS.items():
+            (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (base / "models" / folder / name).touch()
+        arguments = ["--preview-method", "latent2rgb"]
+        with HostServer(comfyui, base, {workflows.PACK: ROOT}, arguments=arguments, start_timeout=900) as running:
+            exercised.append(f"browser tests: the page of ComfyUI {host_version(comfyui)}")
+            yield running
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def files_of(path: Path) -> list[str]:
+    """The clips that a graph for scripts loads."""
+    nodes = json.loads(path.read_text(encoding="utf-8")).values()
+    return [node["inputs"]["file"] for node in nodes if node["class_type"] == "TAV_LoadVideo"]
+
+
+@pytest.fixture(scope="module")
+def complaints() -> list[str]:
+    """What the page said on its console, and addresses that were not there."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(server: HostServer, complaints: list[str]) -> Iterator[Any]:
+    with browser.open_page(server.port) as opened:
+        opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on(
+            "response",
+            lambda answer: complaints.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None,
+        )
+        yield opened
+
+
+@pytest.fixture
+def shot(page: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Keeps a picture of the page, where pictures are asked for."""
+    folder = pytestconfig.option.screens
+
+    def take(name: str) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=folder / f"{name}.jpg", type="jpeg", quality=80, timeout=browser.TIMEOUT)
+
+    return take
+
+
+def set_widgets(page: Any, values: dict[str, Any], node_type: str = "") -> None:
+    page.evaluate(
+        "([values, type]) => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])"
+        "if (widget.name in values && (!type || node.type === type)) widget.value = values[widget.name]; }",
+        [values, node_type],
+    )
+
+
+def wait_until(page: Any, condition: str, argument: Any = None) -> None:
+    page.wait_for_function(condition, arg=argument, timeout=SECONDS * 1000, polling=500)
+
+
+def load_demo(page: Any) -> None:
+    graph = json.loads((workflows.FOLDER / f"{DEMO}.json").read_text(encoding="utf-8"))
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    wait_until(page, "() => app.graph.nodes.some(n => n.type === 'TAV_OneShotTune')")
+    page.evaluate("() => { tav.previews = []; tav.ends = []; }")
+
+
+def run(page: Any) -> None:
+    page.locator("[data-testid=queue-button]").first.click()
+
+
+def node_id(page: Any, node_type: str) -> str:
+    return str(page.evaluate("type => app.graph.nodes.find(n => n.type === type).id", node_type))
+
+
+def cancel(page: Any) -> None:
+    """The button beside Run."""
+    page.get_by_role("button", name=re.compile("cancel current run|interrupt", re.I)).first.click()
+
+
+def test_templates_open_from_the_template_browser(page: Any, shot: Callable[..., None]) -> None:
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text(workflows.PACK, exact=True).last.click()
+    card = page.locator(f"[data-testid=template-workflow-{DEMO}]")
+    card.wait_for()
+    page.wait_for_timeout(2000)
+    shot("templates")
+    card.click()
+    wait_until(page, "() => app.graph.nodes.some(n => n.type === 'TAV_LoadDemoModel')")
+    assert page.evaluate("app.graph.nodes.length") > 10
+    assert browser.wrong_widgets(page) == []
+
+
+@pytest.mark.parametrize("name", list(workflows.WORKFLOWS))
+def test_no_template_misses_a_node_or_a_choice(page: Any, name: str) -> None:
+    """As the template browser loads it; its files are those of the tests by name."""
+    count = page.evaluate(
+        "async address => { const graph = await (await fetch(address)).json(); await app.loadGraphData(graph);"
+        "return graph.nodes.length; }",
+        f"/api/workflow_templates/{workflows.PACK}/{name}.json",
+    )
+    wait_until(page, "count => app.graph.nodes.length === count", count)
+    assert browser.wrong_widgets(page) == []
+
+
+def test_the_demo_graph_runs_and_shows_what_it_does(
+    page: Any, server: HostServer, shot: Callable[..., None], pytestconfig: pytest.Config
+) -> None:
+    load_demo(page)
+    pretty = pytestconfig.option.screens is not None
+    if not pretty:
+        set_widgets(page, {"steps": 4})
+        set_widgets(page, {"steps": 12, "preview_every": 5}, "TAV_OneShotTune")
+    tune, sample = node_id(page, "TAV_OneShotTune"), node_id(page, "TAV_Sample")
+    run(page)
+    # The first pictures are the curve alone, then come the frames below it: pictures that take turns.
+    moving = "([id, count]) => new Set(tav.previews.filter(([n]) => n === id).map(([, sum]) => sum)).size >= count"
+    wait_until(page, moving, [tune, 4 if pretty else 3])
+    page.wait_for_timeout(2000 if pretty else 0)
+    shot("tuning")
+    wait_until(page, moving, [sample, 4])
+    shot("sampling")
+    wait_until(page, "() => tav.ends.length")
+    assert page.evaluate("tav.ends[0]") == ["execution_success", ""]
+    played = (
+        "async () => { const video = [...document.querySelectorAll('video')].find(v => /output/.test(v.src));"
+        "if (!video) return false; video.muted = true; await video.play(); return video.currentTime > 0.2; }"
+    )
+    wait_until(page, played)
+    compared = "() => [...document.querySelectorAll('video')].some(v => /compared/.test(v.src) && v.videoWidth > 0)"
+    wait_until(page, compared)
+    page.evaluate("document.querySelectorAll('video').forEach(v => v.pause())")
+    page.wait_for_timeout(1000)
+    shot("result")
+
+
+def test_a_nodes_help_opens(page: Any, shot: Callable[..., None]) -> None:
+    page.evaluate(
+        "() => { const node = app.graph.nodes.find(n => n.type === 'TAV_OneShotTune'); app.canvas.selectNode(node);"
+        "app.canvas.setDirty(true, true); }"
+    )
+    page.locator("[data-testid=info-button]").first.click()
+    page.get_by_text("What goes wrong").first.wait_for()
+    page.wait_for_timeout(1000)
+    shot("help")
+
+
+def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
+    page: Any, server: HostServer, shot: Callable[..., None]
+) -> None:
+    load_demo(page)
+    set_widgets(page, {"steps": 4})
+    set_widgets(page, {"steps": 99_999, "preview_every": 0, "seed": int(time.time())}, "TAV_OneShotTune")
+    tune = node_id(page, "TAV_OneShotTune")
+    seen = "id => tav.previews.some(([n]) => n === id)"
+    run(page)
+    wait_until(page, seen, tune)
+    cancel(page)
+    wait_until(page, "() => tav.ends.length")
+    assert page.evaluate("tav.ends[0][0]") == "execution_interrupted"
+    page.evaluate("() => { tav.previews = []; tav.ends = []; }")
+    run(page)
+    wait_until(page, seen, tune)
+    assert "goes on after step" in server.log()
+    page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "Stop and keep"))
+    page.get_by_text("its weights are kept").first.wait_for()
+    shot("stopped")
+    wait_until(page, "() => tav.ends.length")
+    assert page.evaluate("tav.ends[0]") == ["execution_success", ""]
+    assert "because it was told to; its weights are kept" in server.log()
+
+
+def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer, tmp_path: Path) -> None:
+    load_demo(page)
+    clip = tmp_path / "my clip.mp4"
+    shutil.copy(ROOT / "demo" / workflows.DRAWN.file, clip)
+    button = page.evaluate(
+        "() => app.graph.nodes.find(n => n.type === 'TAV_LoadVideo').widgets.find(w => w.type === 'button').name"
+    )
+    point = browser.widget_point(page, "TAV_LoadVideo", button)
+    with page.expect_file_chooser() as chooser:
+        page.mouse.click(*point)
+    chooser.value.set_files(clip)
+    value = "() => app.graph.nodes.find(n => n.type === 'TAV_LoadVideo').widgets.find(w => w.name === 'file').value"
+    wait_until(page, f"() => ({value})() === 'my clip.mp4'")
+    assert (server.input_folder / "my clip.mp4").read_bytes() == clip.read_bytes()
+
+
+def test_the_page_had_nothing_to_complain_of(page: Any, complaints: list[str]) -> None:
+    """Of the pack: errors on the console that name it, and files of it that were not there."""
+    ours = [text for text in complaints if re.search(r"tav_|tune-a-video", text, re.I) and not FOREIGN.search(text)]
+    assert ours == []

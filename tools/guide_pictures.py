@@ -1,0 +1,183 @@
+"""Pictures for docs/guide.md: one clip, edited with one setting changed at a time by the demo's model.
+
+    python tools/guide_pictures.py [--comfyui PATH] [--to FOLDER]
+
+Writes docs/guide/*.png and docs/guide/figures.json, what is measured of each row. Minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import engine
+
+SIDE = 96
+TUNE_STEPS = (30, 60, 120)
+GUIDANCES = (1.0, 2.0, 5.0, 8.0, 12.0)
+DDIM_STEPS = (5, 10, 20, 50)
+SEED = 0
+
+
+class Workbench:
+    """The demo's model and clip, what was tuned and inverted so far, and the edits that come of it."""
+
+    def __init__(self) -> None:
+        import job
+        import tiny_sd
+
+        self.settings, self.clip = job.SETTINGS, job.CLIP
+        self.edits = {edit.kind: edit for edit in job.EDITS}
+        self.model, self.text, vae = tiny_sd.load(tiny_sd.WEIGHTS)
+        self.vae, self.embed = vae, tiny_sd.embedder()
+        self.frames = self.clip.images()
+        self.latent = vae.encode(self.frames)
+        self.encode: Callable[[str], Any] = lambda sentence: tiny_sd.encode(self.text, sentence)
+        self.tuned: dict[int, Any] = {0: self._inflated(None)}
+
+    def _inflated(self, motion: Any) -> Any:
+        from tune_a_video.tav_core import host
+        from tune_a_video.tav_core.inflate import Inflation
+
+        return host.inflate_model(self.model, Inflation(), motion)
+
+    def tune(self, counts: tuple[int, ...]) -> None:
+        """The models after so many steps: one tuning, ended early and gone on with."""
+        from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+
+        settings = TuneSettings(steps=max(counts), learning_rate=self.settings.learning_rate, seed=SEED)
+        done: list[int] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for count in sorted(counts):
+                motion, _ = one_shot_tune(
+                    self.model,
+                    self.latent,
+                    self.encode(self.clip.prompt),
+                    settings,
+                    checkpoints=Path(folder),
+                    on_step=done.append,
+                    stop=lambda count=count: len(done) >= count,  # type: ignore[misc]
+                )
+                self.tuned[count] = self._inflated(motion)
+                print(f"tuned {count} steps", flush=True)
+
+    def sampled(
+        self,
+        prompt: str,
+        guidance: float | None = None,
+        tune_steps: int | None = None,
+        ddim_steps: int | None = None,
+        inverted_with: str | None = None,
+    ) -> Any:
+        """Frames [frames, h, w, 3] of an edit, with the demo's settings where none is given."""
+        from tune_a_video.tav_core import host, schedule
+        from tune_a_video.tav_core.invert import ddim_invert
+        from tune_a_video.tav_core.sample import ddim_sample
+
+        model = self.tuned[self.settings.tune_steps if tune_steps is None else tune_steps]
+        steps = ddim_steps or self.settings.ddim_steps
+        with_prompt = self.encode(self.clip.prompt if inverted_with is None else inverted_with)
+        levels = host.sigma_table(model)
+        rising, falling = schedule.inversion_sigmas(levels, steps), schedule.sampling_sigmas(levels, steps)
+        start = host.run_sampler(model, ddim_invert, rising, with_prompt, with_prompt, 1.0, self.latent)
+        scale = self.settings.guidance if guidance is None else guidance
+        edited = host.run_sampler(model, ddim_sample, falling, self.encode(prompt), self.encode(""), scale, start)
+        return self.vae.decode(edited)
+
+
+Row = tuple[str, Any, Any]  # caption, frames, the edit that it should show, or None
+
+
+def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
+    """Name and rows of each picture."""
+    shape, place, source = bench.edits["object"], bench.edits["background"], bench.clip.prompt
+    yield (
+        "tuning-steps",
+        [(f"{count} tuning steps", bench.sampled(place.prompt, tune_steps=count), place) for count in (0, *TUNE_STEPS)],
+    )
+    yield (
+        "guidance",
+        [(f"guidance {scale:g}", bench.sampled(shape.prompt, guidance=scale), shape) for scale in GUIDANCES],
+    )
+    yield (
+        "ddim-steps",
+        [(f"{count} steps", bench.sampled(shape.prompt, ddim_steps=count), shape) for count in DDIM_STEPS],
+    )
+    yield (
+        "inversion",
+        [
+            (f"{what}, inverted with {said}", bench.sampled(prompt, scale, inverted_with=given), edit)
+            for what, prompt, scale, edit in (
+                ("the clip again (guidance 1)", source, 1.0, None),
+                ("edit", shape.prompt, None, shape),
+            )
+            for said, given in (("the clip's sentence", source), ("the empty prompt", ""))
+        ],
+    )
+    yield (
+        "prompts",
+        [
+            ("one word changed", bench.sampled(shape.prompt), shape),
+            ("another place", bench.sampled(place.prompt), place),
+            ("the new word alone", bench.sampled(_noun(shape.prompt)), shape),
+            ("not a word of the clip's", bench.sampled("two green circles on bricks, pencil style"), None),
+        ],
+    )
+
+
+def _noun(prompt: str) -> str:
+    """The first words of a caption, without its place and style."""
+    return prompt.partition(" on ")[0]
+
+
+@contextmanager
+def _demo() -> Iterator[None]:
+    """The demo's modules on the path, and inference mode, as on the server."""
+    import torch
+
+    sys.path.append(str(engine.PACK_ROOT / "demo"))
+    with torch.inference_mode():
+        yield
+
+
+def main() -> None:
+    """Write the pictures."""
+    parser = argparse.ArgumentParser(description="Make the guide's pictures with the demo's model.")
+    parser.add_argument("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
+    parser.add_argument("--to", type=Path, default=engine.PACK_ROOT / "docs" / "guide")
+    options = parser.parse_args()
+    engine.load_pack()
+    print(engine.load_engine(engine.find_comfyui(options.comfyui)), flush=True)
+    options.to.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, dict[str, Any]] = {}
+    with _demo():
+        from PIL import Image
+        from study import measure
+        from tune_a_video.tav_core import pictures
+
+        bench = Workbench()
+        bench.tune(TUNE_STEPS)
+        for name, rows in sheets(bench):
+            shown = [(f"source: {bench.clip.prompt}", bench.frames)]
+            for caption, frames, edit in rows:
+                if edit is not None:
+                    found = measure(bench.frames, frames, edit, bench.embed)
+                    figures.setdefault(name, {})[caption] = {
+                        key: round(found[key], 3) for key in ("edit right", "attributes", "trajectory")
+                    }
+                    caption += f": right {found['attributes']:.0%}, {found['trajectory']:.1f} px off the path"
+                shown.append((caption, frames))
+            sheet = (pictures.contact_sheet(shown, SIDE)[0] * 255).round().byte().numpy()
+            Image.fromarray(sheet).quantize(256).save(options.to / f"{name}.png", optimize=True)
+            print(name, figures.get(name), flush=True)
+    (options.to / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
