@@ -275,8 +275,9 @@ def test_no_picture_of_the_loss_does_not_end_a_tuning(
     error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tune_a_video.nodes import tune as module
+    from tune_a_video.nodes.preview import MovingPreview
 
-    progress = module._Progress(10)
+    progress = module._Progress(10, MovingPreview(10), None)
     progress.step(0)
     monkeypatch.setattr(module, "_PREVIEW_SECONDS", 0.0)
     monkeypatch.setattr(pictures, "loss_curve", failing(error))
@@ -309,7 +310,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for kind in ("input", "output", "temp"):
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "tav", ([str(tmp_path)], {".safetensors"}))
-    hidden = {"hidden": SimpleNamespace(prompt=None, unique_id="1", extra_pnginfo=None)}
+    hidden = {"hidden": SimpleNamespace(prompt={}, unique_id="1", extra_pnginfo=None)}
     return SimpleNamespace(
         load_video=video_nodes.LoadVideo,
         save_video=type("SaveVideo", (video_nodes.SaveVideo,), hidden),
