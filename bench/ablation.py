@@ -77,6 +77,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     missing = [pair for pair in pairs if known(*pair)[2] is None]
     _share(work, missing, arguments.workers)
     rows = [row for pair in pairs for row in known(*pair)[2] or ()]
+    fixed = {method.name for method in study.METHODS if not method.seeded}
+    same = [row for row in rows if row["method"] in fixed]
+    rows += [{**row, "seed": seed} for seed in range(1, arguments.seeds) for row in same]
     return {
         "clips": [clip.name for clip in clips],
         "edits": arguments.edits,
@@ -118,8 +121,10 @@ def _one(
     pictured: Path | None,
 ) -> list[dict[str, Any]]:
     asked = edits(clip)[:count]
+    # What draws nothing is the same for every seed.
+    methods = [method for method in study.METHODS if method.seeded or seed == 0]
     videos = study.edited_videos(
-        parts, clip, asked, study.METHODS, settings, seed, lambda name: print(f"  {clip.name}: {name}", flush=True)
+        parts, clip, asked, methods, settings, seed, lambda name: print(f"  {clip.name}: {name}", flush=True)
     )
     source = clip.images()
     if pictured is not None:

@@ -34,6 +34,11 @@ class Method(NamedTuple):
     tuned: bool
     inverted: bool
 
+    @property
+    def seeded(self) -> bool:
+        """Whether it draws anything: a tuning does, and noise in the place of an inversion."""
+        return self.tuned or not self.inverted
+
 
 METHODS = (
     Method("full method", Inflation(), True, True),
