@@ -211,6 +211,16 @@ class OneShotTune(io.ComfyNode):
                     optional=True,
                     tooltip="Weights to go on from. Without it: the motion that the model carries, else fresh ones.",
                 ),
+                io.Float.Input(
+                    "memory_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="GiB that tuning may take beside the model's own weights. Less memory, more time: what "
+                    "does not fit is computed twice. 0 = what the device has free.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
@@ -236,6 +246,7 @@ class OneShotTune(io.ComfyNode):
         warmup_steps: int,
         gradient_clip: float,
         motion: Motion | None = None,
+        memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         check_limits(
@@ -247,6 +258,7 @@ class OneShotTune(io.ComfyNode):
             precision=precision,
             warmup_steps=warmup_steps,
             gradient_clip=gradient_clip,
+            memory_budget=memory_budget,
         )
         host.check_model(model)
         samples = host.check_latent(model, latent)
@@ -276,6 +288,7 @@ class OneShotTune(io.ComfyNode):
             Inflation(inflation.attention, inflation.pool_group_norm),
             started,
             PRECISIONS[precision],
+            budget=memory_budget * 2**30 or None,
             on_step=progress.step,
             on_losses=progress.losses,
             checkpoints=Path(folder_paths.get_output_directory(), UNFINISHED),
