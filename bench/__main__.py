@@ -5,6 +5,7 @@ python bench scale                                    steps over frames and size
 python bench ablation                                 the paper's ablations on drawn clips
 python bench peak                                     predicted against measured memory of a tuning step
 python bench cards                                    what the planner would do on graphics cards
+python bench ranks                                    what motions lose when they are saved at a rank
 python bench evaluate                                 the figures of the EvaluateVideo node for two files
 """
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "tune-step":
             command.add_argument("--train-scope", default="all", choices=["all", "middle-up"])
             command.add_argument("--plan", default="auto", choices=["auto", "keep", "selective", "recompute"])
+            command.add_argument("--budget", type=float, help="GiB, as the node's memory_budget")
     scale = commands.add_parser("scale", help="steps over frames and sizes, with curves")
     _step_arguments(scale)
     scale.add_argument("--frames", type=int, nargs="+", default=[2, 4, 8, 16, 32])
@@ -61,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
     ablation.add_argument(
         "--output", type=Path, default=ROOT / "ablation-output", help="folder for results as they come"
     )
+    ranks = commands.add_parser("ranks", help="what motions lose when they are saved at a rank, with the demo's model")
+    ranks.add_argument("--clips", type=int, default=3)
+    ranks.add_argument("--edits", type=int, default=4)
+    ranks.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     evaluate = commands.add_parser("evaluate", help="figures of an edited video")
     evaluate.add_argument("source", type=Path, help="the clip that was edited")
     evaluate.add_argument("edited", type=Path, help="the edit; its frames are compared one by one with the source's")
@@ -134,6 +140,13 @@ def _ablation(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    sys.path.append(str(ROOT / "demo"))
+    import ranks
+
+    return ranks.run(arguments)
+
+
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     import evaluate
 
@@ -148,6 +161,7 @@ _COMMANDS = {
     "peak": _peak,
     "cards": _cards,
     "ablation": _ablation,
+    "ranks": _ranks,
     "evaluate": _evaluate,
 }
 

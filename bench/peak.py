@@ -105,17 +105,21 @@ def cards(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     weights = sum(p.numel() * 2 for p in host.unet_of(model).parameters())
     # The float32 weights that learn, and AdamW's two moments of each.
-    learning = 3 * 4 * trained
+    learning, moments = 4 * trained, 2 * 4 * trained
     rows = []
     clip = f"{arguments.frames} frames of {arguments.size}x{arguments.size}"
-    print(f"{arguments.unet}, {clip}, bf16: weights {weights / 2**30:.2f} GiB, learning {learning / 2**30:.2f} GiB")
+    sizes = {"weights": weights, "learning": learning, "moments": moments}
+    print(f"{arguments.unet}, {clip}, bf16, GiB:", *(f"{name} {size / 2**30:.2f}" for name, size in sizes.items()))
     for level in memory.LEVELS:
         print(f"  all {level}: {memory.uniform_plan(costs, level).bytes / 2**30:.2f} GiB beside those")
     for gib in arguments.gib:
-        budget = tune.SHARE_OF_FREE_MEMORY * (gib * 2**30 - overhead - weights - learning)
-        plan = memory.make_plan(costs, budget)
-        total = (plan.bytes + weights + learning + overhead) / 2**30
-        fits = "" if plan.bytes <= budget else "; more than there is: fewer frames, a smaller size, or middle and up"
-        print(f"{gib:>5.0f} GiB card: {plan}; {total:.1f} GiB in all{fits}")
-        rows.append({"card_gib": gib, "plan": str(plan), "total_gib": total, "fits": not fits})
+        free = gib * 2**30 - overhead - weights - learning
+        plan = memory.make_plan(costs, tune.SHARE_OF_FREE_MEMORY * (free - moments) + moments, moments)
+        resident = 0 if plan.offload else moments
+        plan = memory.make_plan(costs, tune.SHARE_OF_FREE_MEMORY * (free - resident) + resident, resident)
+        total = (plan.bytes + weights + learning + resident + overhead) / 2**30
+        fits = "" if plan.fits else "; more than there is: part of the weights goes to RAM"
+        where = "" if resident else "; the moments in RAM"
+        print(f"{gib:>5.0f} GiB card: {plan}{where}; {total:.1f} GiB in all{fits}")
+        rows.append({"card_gib": gib, "plan": str(plan), "offload": not resident, "total_gib": total, "fits": not fits})
     return {"unet": arguments.unet, "clip": clip, "cards": rows}

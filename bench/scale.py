@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     "width": size,
                     "train_scope": "all",
                     "plan": "auto",
+                    "budget": None,
                 }
             )
             rows.append(steps.run(step))

@@ -99,6 +99,7 @@ def tune(
         prompts[0],
         TuneSettings(steps=steps, train_scope=SCOPES[arguments.train_scope]),  # type: ignore[arg-type]
         precision=DTYPES[arguments.precision],
+        budget=None if arguments.budget is None else arguments.budget * 2**30,
         level=None if arguments.plan == "auto" else arguments.plan,
         on_step=on_step,
     )

@@ -260,6 +260,16 @@ class OneShotTune(io.ComfyNode):
                     tooltip="End when the loss, smoothed over so many steps, has not fallen for so many steps; 100 to "
                     "200 if any. 0 = run all steps.",
                 ),
+                io.Float.Input(
+                    "memory_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="GiB that tuning may take beside the model's own weights. Less memory, more time: what "
+                    "does not fit is computed twice. 0 = what the device has free.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
@@ -288,6 +298,7 @@ class OneShotTune(io.ComfyNode):
         motion: Motion | None = None,
         preview_every: int = 50,
         patience: int = 0,
+        memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         check_limits(
@@ -301,6 +312,7 @@ class OneShotTune(io.ComfyNode):
             gradient_clip=gradient_clip,
             preview_every=preview_every,
             patience=patience,
+            memory_budget=memory_budget,
         )
         host.check_model(model)
         samples = host.check_latent(model, latent)
@@ -337,6 +349,7 @@ class OneShotTune(io.ComfyNode):
                 Inflation(inflation.attention, inflation.pool_group_norm),
                 started,
                 PRECISIONS[precision],
+                budget=memory_budget * 2**30 or None,
                 on_step=progress.step,
                 on_losses=progress.losses,
                 checkpoints=folder,

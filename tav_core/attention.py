@@ -60,13 +60,20 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head attention by PyTorch's fused kernels. q [rows, n, c], k and v [rows, m, c] -> [rows, n, c]."""
-    out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
+    out = _fused(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
     return out.transpose(1, 2).flatten(2)
 
 
 def _fused_rows(device: torch.device) -> int:
     """The most batch * heads that one call of fused attention takes."""
     return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # The CPU's backward pass takes two to eight times as long in bfloat16 as in float32.
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
@@ -85,7 +92,7 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
     step = _fused_rows(q.device) // heads
     if len(q) > step:
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        out = torch.cat([_fused(*part) for part in parts])
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = _fused(q, k, v)
     return out.view(videos, n, heads, frames, c // heads).permute(0, 3, 1, 2, 4).reshape(rows, n, c)

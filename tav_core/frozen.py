@@ -30,7 +30,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         weight, _ = ctx.fetch(grad)
-        return grad @ weight, None
+        # As one product: one of a batch that is not contiguous would copy the weight for each of its rows.
+        return (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], -1), None
 
 
 # On the CPU the library's convolution first copies all its weights into an order of its own. With fewer output

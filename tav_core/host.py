@@ -395,6 +395,43 @@ def carried_motion(model: ModelPatcher) -> Motion | None:
 # --- training ----------------------------------------------------------------------------------------
 
 
+class Converted:
+    """Weights as they are computed with, for a model that keeps them in another dtype.
+
+    To convert them anew in every step takes about a tenth of its time; to keep the results takes memory, so it is
+    done only while ``keep`` is set. Weights that the host keeps elsewhere are not kept here either.
+    """
+
+    def __init__(self, unet: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.keep = False
+        self._unet, self._device, self._dtype = unet, device, dtype
+        self._kept: dict[torch.nn.Module, WeightAndBias] = {}
+
+    def _is_converted(self, module: torch.nn.Module) -> bool:
+        weight = module.weight
+        return isinstance(weight, Tensor) and weight.dtype != self._dtype and weight.device == self._device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all of them take, kept or not."""
+        layers = (m for m in self._unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+        return sum(m.weight.numel() * self._dtype.itemsize for m in layers if self._is_converted(m))
+
+    def fetch(self, module: torch.nn.Module, x: Tensor) -> WeightAndBias:
+        """As ``fetch``."""
+        if module in self._kept:
+            return self._kept[module]
+        found = fetch(module, x)
+        if self.keep and x.dtype == self._dtype and self._is_converted(module):
+            self._kept[module] = found
+        return found
+
+    def drop(self) -> None:
+        """Keep none any longer."""
+        self.keep = False
+        self._kept.clear()
+
+
 @dataclass(frozen=True)
 class TrainingUNet:
     """A loaded UNet to tune on a clip; made by ``training_unet``.
@@ -403,6 +440,7 @@ class TrainingUNet:
     ``sigmas``: noise level per training timestep. ``prediction``: "epsilon" or "v".
     """
 
+    model: ModelPatcher
     unet: torch.nn.Module
     latents: Tensor
     sigmas: Tensor
@@ -412,6 +450,7 @@ class TrainingUNet:
     concat: Tensor | None
     device: torch.device
     dtype: torch.dtype
+    converted: Converted
 
     def weight(self, path: str) -> Tensor:
         """A copy of a layer's weight as the model uses it (LoRAs applied), float32, on the device."""
@@ -448,7 +487,7 @@ class TrainingUNet:
         """
         backend = trainable.TrainingBackend(fetch)
         layout = Layout(frames=frames, videos=1)
-        forwards = trainable.training_forwards(self.unet, queries, self.context, fetch, backend)
+        forwards = trainable.training_forwards(self.unet, queries, self.context, self.converted.fetch, backend)
         with inflate.swapped(forwards):
             inflated = inflate.inflated_forwards(self.unet, inflation, layers, layout, backend)
             with inflate.swapped(inflated):
@@ -507,6 +546,7 @@ def training_unet(
         }
         concat = conds.get("c_concat")
         yield TrainingUNet(
+            model=model,
             unet=unet_of(model),
             latents=x0,
             sigmas=sigma_table(model),
@@ -518,12 +558,28 @@ def training_unet(
             ),
             device=device,
             dtype=dtype,
+            converted=Converted(unet_of(model), device, dtype),
         )
 
 
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device."""
     return float(comfy.model_management.get_free_memory(device))
+
+
+def offload_weights(model: ModelPatcher, size: float) -> float:
+    """Have the host move about so many bytes of a loaded MODEL's weights off its device; returns how many went.
+
+    The layers fetch them from there then, one by one, as they do where the host loads a model in part.
+    """
+    if model.load_device == model.offload_device:
+        return 0.0
+    return float(model.partially_unload(model.offload_device, int(size)) or 0)
+
+
+def weights_on_device(model: ModelPatcher) -> float:
+    """Bytes of a MODEL's weights that are on its device."""
+    return float(model.loaded_size())
 
 
 def release_cached_memory() -> None:

@@ -13,9 +13,10 @@ and pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -71,14 +72,17 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """The level of each unit, in the order they run, and the peak that is predicted: bytes beside the weights.
+    """The level of each unit, in the order they run, and the peak that is predicted: bytes beside weights and moments.
 
-    ``gradients``: how many of them are gradients of what learns.
+    ``gradients``: how many of them are gradients of what learns. ``offload``: whether the optimiser's moments have to
+    leave the device. ``budget``: bytes that it was made for.
     """
 
     levels: Mapping[str, Level]
     bytes: float
     gradients: float
+    offload: bool = False
+    budget: float = math.inf
 
     def count(self, level: Level) -> int:
         """How many units run at a level."""
@@ -86,12 +90,18 @@ class Plan:
 
     @property
     def smallest(self) -> bool:
-        """Whether nothing is left to give up."""
+        """Whether no unit has anything left to give up."""
         return self.count("recompute") == len(self.levels)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the budget."""
+        return self.bytes <= self.budget
 
     def __str__(self) -> str:
         counted = ", ".join(f"{level} {self.count(level)}" for level in LEVELS)
-        return f"blocks: {counted}; {self.bytes / 2**30:.2f} GiB for activations and gradients"
+        moments = ", the optimiser's moments in RAM" if self.offload else ""
+        return f"blocks: {counted}; {self.bytes / 2**30:.2f} GiB for activations and gradients{moments}"
 
 
 def units(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -132,8 +142,11 @@ def uniform_plan(costs: Mapping[str, UnitCost], level: Level) -> Plan:
     return _plan(costs, levels)
 
 
-def make_plan(costs: Mapping[str, UnitCost], budget: float) -> Plan:
+def make_plan(costs: Mapping[str, UnitCost], budget: float, moments: float = 0.0) -> Plan:
     """Give up as little as fits into ``budget`` bytes, the cheapest to compute again first.
+
+    ``moments``: bytes of the optimiser's, for which the budget is, too. They leave the device where not even the least
+    that blocks can keep fits beside them.
 
     First the transformer blocks become selective: what they give up then costs the fewest operations per byte
     (some hundred; residual blocks some thousand). Then blocks are recomputed. Within each of the two the largest
@@ -148,10 +161,13 @@ def make_plan(costs: Mapping[str, UnitCost], budget: float) -> Plan:
     steps: list[tuple[str, Level]] = [(path, "selective") for path in largest_first(attending)]
     steps += [(path, "recompute") for path in largest_first(list(costs))]
     for path, level in steps:
-        if peak(costs, levels) <= budget:
+        if peak(costs, levels) <= budget - moments:
             break
         levels[path] = level
-    return _plan(costs, levels)
+    plan = replace(_plan(costs, levels), budget=budget - moments)
+    if moments and not plan.fits:
+        return replace(make_plan(costs, budget), offload=True)
+    return plan
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -273,3 +289,19 @@ def measure(
         for path in two
         if three[path].saved > two[path].saved
     }
+
+
+@contextmanager
+def measured_peak(device: torch.device) -> Iterator[list[float]]:
+    """The most bytes that were allocated on a CUDA device inside, beside what was before: one number, none elsewhere.
+
+    Asks PyTorch's allocator, which knows without waiting for the device.
+    """
+    found: list[float] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found.append(float(torch.cuda.max_memory_allocated(device) - before))

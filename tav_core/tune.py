@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import host, memory, plateau, resume
+from .adamw import AdamW
+from .asynchronous import Later, to_device
 from .inflate import (
     Inflation,
     TemporalLayer,
@@ -46,6 +48,8 @@ _NO_MEMORY = (
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 INFLATED = Inflation()
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def one_shot_tune(
     ``model``: a ComfyUI ModelPatcher without inflation; LoRAs on it are part of what is tuned on.
     ``latents``: the clip [frames, c, h, w] in the host's LATENT scale. ``conditioning``: a ComfyUI
     conditioning of one prompt. ``motion``: weights to go on from. ``precision``: compute dtype, None for the
-    model's own; what learns is float32 always. ``budget``: bytes for activations and gradients, None for what
-    the device has free; ``level``: what every block keeps, instead of a plan from a budget. ``draw(step)``:
+    model's own; what learns is float32 always. ``budget``: bytes for activations, gradients and the optimiser's
+    moments, None for what the device has free; ``level``: what every block keeps, instead of a plan from a budget.
+    Moments go to RAM where else not even the smallest plan fits. ``draw(step)``:
     timestep and noise [frames, c, h, w], for runs that must repeat given draws. ``on_gradients`` sees each step
     before its update; ``on_plan`` is told what blocks keep before the first one; ``on_step`` is called after
     each, may raise to stop; ``on_losses`` gets the losses so far, every few steps.
@@ -161,18 +166,52 @@ def one_shot_tune(
             if state is not None and (ended is None or state.tensors["history"].shape[1] <= ended):
                 descent.go_on(state)
         frames = len(session.latents)
-        costs = _costs(session, weights, inflation)
-        if budget is None:
-            # AdamW's two moments are still to come.
-            optimizer_bytes = 2 * sum(p.nbytes for p in weights.trained.values())
-            budget = SHARE_OF_FREE_MEMORY * (host.free_memory(session.device) - optimizer_bytes)
-        plan = memory.make_plan(costs, budget) if level is None else memory.uniform_plan(costs, level)
+        costs = descent.with_room(lambda: _costs(session, weights, inflation))
+        plan = _planned(descent, costs, budget, level)
         if on_plan is not None:
             on_plan(plan)
         with session.prepared(inflation, weights.layers, weights.queries, frames):
             previews = None if on_preview is None or preview_every < 1 else (preview_every, on_preview)
             _run(descent, costs, plan, on_step, on_losses, checkpoint, previews, patience, stop)
         return weights.motion(session), descent.history[0].tolist()
+
+
+def _planned(
+    descent: _Descent, costs: Mapping[str, memory.UnitCost], budget: float | None, level: memory.Level | None
+) -> memory.Plan:
+    """What blocks keep; moves moments and weights off the device where that takes it, and keeps converted weights."""
+    session, optimizer = descent.session, descent.optimizer
+
+    def plan() -> memory.Plan:
+        moments = optimizer.resident_bytes
+        given = budget
+        if given is None:
+            given = SHARE_OF_FREE_MEMORY * host.free_memory(session.device) + moments
+        if level is not None:
+            return replace(memory.uniform_plan(costs, level), budget=given - moments)
+        if _has_own_memory(session.device):
+            return memory.make_plan(costs, given, moments)
+        return memory.make_plan(costs, given - moments)
+
+    found = plan()
+    if found.offload:
+        optimizer.offload()
+        found = replace(plan(), offload=True)
+    if budget is None and level is None and not found.fits:
+        host.offload_weights(session.model, (found.bytes - found.budget) / SHARE_OF_FREE_MEMORY)
+        found = replace(plan(), offload=found.offload)
+    # Computing activations again is dearer: that room is theirs first.
+    converted = session.converted.bytes if found.count("keep") == len(found.levels) or level is not None else 0
+    session.converted.keep = 0 < converted <= found.budget - found.bytes
+    if not found.fits:
+        asked, given = found.bytes / 2**30, max(found.budget, 0.0) / 2**30
+        logging.warning("Tune-A-Video: the least that it takes is %.2f GiB, more than the %.2f there are", asked, given)
+    return found
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    """Whether what goes to RAM leaves the device."""
+    return device.type != "cpu"
 
 
 def _decisive(session: host.TrainingUNet, settings: TuneSettings, inflation: Inflation) -> dict[str, Any]:
@@ -287,9 +326,7 @@ class _Descent:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.draw = draw or random_draw(session.latents, len(self.alpha_bars), self.generator)
         self.parameters = list(trained.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = self._made_optimizer()
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1))
         )
@@ -299,6 +336,45 @@ class _Descent:
         self.skipped: list[Tensor] = []
         # Of the generator before the step that comes next; None within an update, when nothing goes together.
         self.random_state: Tensor | None = self.generator.get_state()
+        self._looked_at: Later | None = None
+        # Plans whose peak was told.
+        self.measured: list[memory.Plan] = []
+
+    def _made_optimizer(self) -> AdamW:
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        try:
+            return AdamW(self.parameters, rate, decay)
+        except Exception as error:
+            if not is_out_of_memory(error) or not _has_own_memory(self.session.device):
+                raise
+            host.release_cached_memory()
+            return AdamW(self.parameters, rate, decay, offloaded=True)
+
+    def make_room(self) -> str:
+        """Give up what takes memory on the device beside activations, the cheapest first; says what, "" for nothing."""
+        if self.session.converted.keep:
+            self.session.converted.drop()
+            return "weights are converted anew in every step"
+        if not self.optimizer.offloaded and _has_own_memory(self.session.device):
+            self.optimizer.offload()
+            return "the optimiser's moments go to RAM"
+        if host.offload_weights(self.session.model, host.weights_on_device(self.session.model) / 2):
+            return "half of the model's weights go to RAM"
+        return ""
+
+    def with_room(self, work: Callable[[], _Result]) -> _Result:
+        """What ``work`` returns; tried again with more room as long as it runs out of memory and any can be made."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                given_up = self.make_room()
+                if not given_up:
+                    raise
+            host.release_cached_memory()
+            logging.warning("Tune-A-Video: out of memory; %s", given_up)
 
     @property
     def done(self) -> int:
@@ -313,7 +389,6 @@ class _Descent:
     def backward(self, timestep: int, noise: Tensor) -> Tensor:
         """The loss at a timestep with noise [frames, c, h, w]; leaves its gradients in the parameters."""
         x0, alpha_bar = self.session.latents, self.alpha_bars[timestep]
-        self.optimizer.zero_grad(set_to_none=True)
         predicted = self.session.predict(add_noise(x0, noise, alpha_bar), timestep)
         target = training_target(x0, noise, alpha_bar, self.session.prediction)
         loss = torch.nn.functional.mse_loss(predicted, target)
@@ -323,11 +398,13 @@ class _Descent:
     def update(self, timestep: int, loss: Tensor) -> None:
         """Clip the gradients and apply them, unless they or the loss are not finite."""
         self.random_state = None
-        self.scaler.unscale_(self.optimizer)
+        self.with_room(lambda: self.scaler.unscale_(self.optimizer))
         gradients: dict[str, Tensor] = {}
         if self.on_gradients is not None:
             gradients = {key: p.grad.clone() for key, p in self.trained.items() if p.grad is not None}
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip or math.inf)
+        # Clipping again what is clipped changes nothing.
+        limit = self.settings.gradient_clip or math.inf
+        norm = self.with_room(lambda: torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if self.on_gradients is not None:
             self.on_gradients(TuneStep(self.done, timestep, loss, norm, gradients))
         skip = (~(norm.isfinite() & loss.isfinite())).float()
@@ -335,7 +412,7 @@ class _Descent:
         # fused AdamW does not look.
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         if skip.device.type != "mps" or not skip:
-            self.scaler.step(self.optimizer)
+            self.with_room(lambda: self.scaler.step(self.optimizer))
         self.scaler.update()
         self.schedule.step()
         self.losses.append(loss)
@@ -348,6 +425,7 @@ class _Descent:
         tensors |= {f"weight.{key}": parameter.detach() for key, parameter in self.trained.items()}
         if self.done < self.settings.steps:
             assert self.random_state is not None
+            self.optimizer.settle()
             tensors["random_state"] = self.random_state
             for key, parameter in self.trained.items():
                 tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
@@ -376,11 +454,17 @@ class _Descent:
         self.generator.set_state(tensors["random_state"])
         self.random_state = tensors["random_state"]
 
-    def is_hopeless(self) -> bool:
-        """Log which of the latest steps were left out; whether so many were that the run is over. Waits."""
+    def look_back(self) -> Tensor | None:
+        """A history to judge by, without waiting for a device: of a device, it is that of the call before."""
+        before, self._looked_at = self._looked_at, Later(self.history)
+        found = before if _has_own_memory(self.session.device) else self._looked_at
+        return None if found is None else found.read()
+
+    def is_hopeless(self, history: Tensor) -> bool:
+        """Log which of the latest steps were left out; whether so many were that the run is over."""
         patience = _PATIENCE + (_SCALER_HALVINGS if self.scaler.is_enabled() else 0)
-        recent = torch.stack(self.skipped[-patience:]).tolist()
-        left_out = [self.done + i + 1 for i in range(-min(_CHECK_INTERVAL, len(recent)), 0) if recent[i]]
+        steps, recent = history.shape[1], history[1, -patience:].tolist()
+        left_out = [steps + i + 1 for i in range(-min(_CHECK_INTERVAL, len(recent)), 0) if recent[i]]
         if left_out:
             logging.warning("Tune-A-Video: left out, loss or gradient is not finite: steps %s", left_out)
         return len(recent) == patience and all(recent)
@@ -404,10 +488,11 @@ def _run(
     try:
         while descent.done < steps and not hopeless and not _ended(descent, patience, stop):
             plan = _step(descent, unet, costs, plan)
-            if descent.done % _CHECK_INTERVAL == 0:
-                hopeless = descent.is_hopeless()
+            history = descent.look_back() if descent.done % _CHECK_INTERVAL == 0 else None
+            if history is not None:
+                hopeless = descent.is_hopeless(history)
                 if on_losses is not None:
-                    on_losses(descent.history[0].tolist())
+                    on_losses(history[0].tolist())
             if checkpoint is not None and checkpoint.due():
                 checkpoint.write(descent.state())
             if previews is not None and descent.done % previews[0] == 0:
@@ -458,27 +543,39 @@ def _preview(descent: _Descent, show: Callable[[int, Tensor, Tensor], None]) -> 
 def _step(
     descent: _Descent, unet: torch.nn.Module, costs: Mapping[str, memory.UnitCost], plan: memory.Plan
 ) -> memory.Plan:
-    """One step; repeated with half of what was planned if it runs out of memory. Returns the plan that it took."""
+    """One step; repeated with half of what was planned if it runs out of memory, then with what else can be moved away.
+
+    Returns the plan that it took.
+    """
     timestep, noise = descent.draw(descent.done)
-    # A copy, because a draw made in inference mode cannot be part of a differentiated target.
-    noise = noise.to(descent.session.latents, copy=True)
+    noise = to_device(noise, descent.session.latents)
     while True:
+        descent.optimizer.zero_grad(set_to_none=True)
         try:
-            with swapped(memory.planned_forwards(unet, plan)):
+            with memory.measured_peak(descent.session.device) as measured, swapped(memory.planned_forwards(unet, plan)):
                 loss = descent.backward(timestep, noise)
             break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if plan.smallest:
+            smaller = None if plan.smallest else replace(memory.make_plan(costs, plan.bytes / 2), offload=plan.offload)
+            # Converted weights are the cheapest to give up, and all else is dearer than computing activations again.
+            given_up = "" if smaller is not None and not descent.session.converted.keep else descent.make_room()
+            if not given_up and smaller is None:
                 raise OutOfMemoryError(
                     "latent: out of memory, although all activations are recomputed. "
                     "Use fewer frames or a smaller size, or set train_scope to middle and up."
                 ) from error
-        plan = memory.make_plan(costs, plan.bytes / 2)
-        descent.optimizer.zero_grad(set_to_none=True)
+        if not given_up and smaller is not None:
+            plan, given_up = smaller, str(smaller)
         host.release_cached_memory()
-        logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", descent.done + 1, plan)
+        logging.warning("Tune-A-Video: out of memory in step %d; it is repeated with %s", descent.done + 1, given_up)
+    if measured and plan not in descent.measured:
+        descent.measured.append(plan)
+        # Those that are kept came to be in the first step.
+        converted = descent.session.converted.bytes if descent.session.converted.keep else 0
+        predicted, peak = (plan.bytes + converted) / 2**30, measured[0] / 2**30
+        logging.info("Tune-A-Video: predicted %.2f GiB for activations and gradients, measured %.2f", predicted, peak)
     descent.update(timestep, loss)
     return plan
 

@@ -1,0 +1,348 @@
+"""What leaves the device, or is given up, when memory is short; and that it makes no difference to what is learnt."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tune_a_video.tav_core import adamw, host, memory
+from tune_a_video.tav_core import tune as tuning
+from tune_a_video.tav_core.adamw import AdamW
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.weights import Motion
+from unets import UNETS, build_model
+
+Result = tuple[Motion, list[float]]
+
+
+def tune(model: Any = None, steps: int = 4, **options: Any) -> Result:
+    model = model or build_model(UNETS["tiny"])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    cond = [[torch.randn(1, 7, host.context_width(model), generator=generator), {}]]
+    return one_shot_tune(model, latents, cond, TuneSettings(steps=steps, learning_rate=1e-3), Inflation(), **options)
+
+
+def assert_same(ours: Result, theirs: Result) -> None:
+    assert ours[1] == theirs[1]
+    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
+    assert not [key for key, value in ours[0].tensors.items() if not torch.equal(value, theirs[0].tensors[key])]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Result:
+    return tune()
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU taken for a device beside RAM: what is copied there and back is copied, and decisions are a card's."""
+    monkeypatch.setattr(tuning, "_has_own_memory", lambda device: True)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(8, side, generator=generator)) for side in (3, 5, 7, 2)]
+
+
+def descend(
+    optimizer: torch.optim.AdamW, steps: range, before: Callable[[int], None] = lambda step: None
+) -> list[Tensor]:
+    learnt = optimizer.param_groups[0]["params"]
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in learnt:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        # Left out on the device, as a step is whose gradient is not finite.
+        optimizer.found_inf = torch.tensor(float(step == 2))  # type: ignore[attr-defined]
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        before(step)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in learnt]
+
+
+@pytest.fixture
+def small_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "_VISIT", 300)
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("offload_before", [None, 0, 3])
+def test_the_weights_are_those_of_pytorchs_adamw(offload_before: int | None, small_visits: None) -> None:
+    expected = descend(torch.optim.AdamW(parameters(), lr=0.1, weight_decay=0.1, fused=True), range(6))
+    optimizer = AdamW(parameters(), 0.1, 0.1)
+    resident = optimizer.resident_bytes
+    assert resident == 2 * 4 * 8 * (3 + 5 + 7 + 2)
+    ours = descend(optimizer, range(6), lambda step: optimizer.offload() if step == offload_before else None)
+    assert_equal(ours, expected)
+    assert optimizer.resident_bytes == (resident if offload_before is None else 0)
+
+
+def test_few_moments_are_on_the_device_at_a_time(small_visits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = AdamW(parameters(), 0.1, 0.1, offloaded=True)
+    homes = {(p, name): optimizer.state[p][name] for p in optimizer._parameters() for name in adamw.MOMENTS}
+    step, away = torch.optim.AdamW.step, []
+
+    def spy(self: AdamW) -> Any:
+        away.append(
+            {p for p in optimizer.state for name in adamw.MOMENTS if optimizer.state[p][name] is not homes[p, name]}
+        )
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    descend(optimizer, range(1))
+    assert [len(visit) for visit in away] == [2, 1, 1]
+    assert set.union(*away) == set(optimizer._parameters())
+    assert all(optimizer.state[p][name] is home for (p, name), home in homes.items())
+    assert all(home.count_nonzero() for home in homes.values()), "what was updated did not come home"
+
+
+@pytest.mark.parametrize("fails_at", ["arriving", "kernel"])
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_an_update_that_runs_out_of_memory_goes_on(
+    fails_at: str, offloaded: bool, small_visits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = descend(torch.optim.AdamW(parameters(), lr=0.1, weight_decay=0.1, fused=True), range(6))
+    optimizer = AdamW(parameters(), 0.1, 0.1, offloaded)
+    calls = 0
+
+    def failing(original: Any, at: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise torch.OutOfMemoryError("injected")
+            return original(*args, **kwargs)
+
+        return call
+
+    if fails_at == "kernel":  # after it has counted the step
+        monkeypatch.setattr(torch, "_fused_adamw_", failing(torch._fused_adamw_, 5))
+    else:
+        monkeypatch.setattr(Tensor, "to", failing(Tensor.to, 15))
+    failures = 0
+    step = optimizer.step
+
+    def patient() -> None:
+        nonlocal failures
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            failures += 1
+            patient()
+
+    monkeypatch.setattr(optimizer, "step", patient)
+    assert_equal(descend(optimizer, range(6)), expected)
+    assert failures == (1 if offloaded or fails_at == "kernel" else 0)
+
+
+def test_a_state_that_is_loaded_stays_in_ram() -> None:
+    optimizer = AdamW(parameters(), 0.1, 0.1)
+    descend(optimizer, range(3))
+    # The third step was left out, so that its count shows, too.
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = AdamW([torch.nn.Parameter(p.detach().clone()) for p in optimizer._parameters()], 0.1, 0.1, offloaded=True)
+    again.load_state_dict(saved)
+    assert again.offloaded and again.resident_bytes == 0
+    assert_equal(descend(again, range(3, 6)), descend(optimizer, range(3, 6)))
+
+
+# --- plans ------------------------------------------------------------------------------------------------
+
+
+def test_moments_leave_only_where_nothing_fits_beside_them() -> None:
+    costs = {"a": memory.UnitCost(100, 10, 20), "b": memory.UnitCost(50, 10)}
+    least = memory.uniform_plan(costs, "recompute").bytes
+    fitting = memory.make_plan(costs, least + 40, moments=40)
+    assert fitting.fits and not fitting.offload
+    offloaded = memory.make_plan(costs, least + 39, moments=40)
+    assert offloaded.offload and offloaded.fits
+    assert offloaded.levels == memory.make_plan(costs, least + 39).levels
+    hopeless = memory.make_plan(costs, least - 1, moments=40)
+    assert hopeless.offload and hopeless.smallest and not hopeless.fits
+    assert "moments in RAM" in str(offloaded) and "RAM" not in str(fitting)
+
+
+def test_a_budget_too_small_for_the_moments_offloads_them(
+    as_on_a_card: None, undisturbed: Result, tmp_path: Path
+) -> None:
+    plans: list[memory.Plan] = []
+    assert_same(tune(budget=math.inf, on_plan=plans.append), undisturbed)
+    least = memory.make_plan({}, 0)
+    assert not plans[0].offload and least.bytes == 0
+    assert_same(tune(budget=1.0, on_plan=plans.append), undisturbed)
+    assert plans[1].offload and plans[1].smallest
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 1:
+            raise StoppedError
+
+    # Cut off with moments in RAM and gone on with them there, and with them on the device.
+    for second in (1.0, math.inf):
+        folder = tmp_path / str(second)
+        with pytest.raises(StoppedError):
+            tune(budget=1.0, on_step=stop, checkpoints=folder)
+        taken: list[int] = []
+        assert_same(tune(budget=second, on_step=taken.append, checkpoints=folder), undisturbed)
+        assert taken == [2, 3]
+
+
+# --- out of memory ----------------------------------------------------------------------------------------
+
+
+class Scarce:
+    """A callable that runs out of memory at its first calls after ``skip`` ones."""
+
+    def __init__(self, original: Callable[..., Any], skip: int = 0, failures: int = 1) -> None:
+        self.original, self.skip, self.left = original, skip, failures
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.skip -= 1
+        if self.skip < 0 < self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("injected")
+        return self.original(*args, **kwargs)
+
+
+PLACES = {
+    "probe": (host.TrainingUNet, "predict", 0),
+    "forward": (host.TrainingUNet, "predict", 3),
+    "backward": (Tensor, "backward", 1),
+    "clipping": (torch.nn.utils, "clip_grad_norm_", 1),
+    "first update": (torch, "_fused_adamw_", 0),
+    "update": (torch, "_fused_adamw_", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("failures", [1, 2])
+def test_running_out_anywhere_gives_up_memory_and_goes_on(
+    place: str,
+    failures: int,
+    as_on_a_card: None,
+    undisturbed: Result,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    owner, name, skip = PLACES[place]
+    scarce = Scarce(getattr(owner, name), skip, failures)
+    monkeypatch.setattr(owner, name, scarce)
+    # What a host moves of a model's weights cannot be seen on a device that is RAM: tests/host has its case.
+    asked: list[float] = []
+    monkeypatch.setattr(host, "offload_weights", lambda model, size: asked.append(size) or 1.0)
+    assert_same(tune(budget=1e12), undisturbed)
+    assert scarce.left == 0
+    told = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert len(told) == failures
+    if place in ("forward", "backward"):
+        assert all("in step 2; it is repeated with blocks: " in message for message in told) and not asked
+    else:
+        assert "moments go to RAM" in told[0]
+        assert len(asked) == failures - 1
+
+
+def test_when_nothing_is_left_to_give_up_it_is_said_so(as_on_a_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_fused_adamw_", Scarce(torch._fused_adamw_, 1, 10**6))
+    with pytest.raises(RuntimeError, match="latent: out of memory. Use fewer frames or a smaller size"):
+        tune(budget=1e12)
+
+
+def test_weights_that_the_host_moves_away_in_mid_run_are_fetched(undisturbed: Result) -> None:
+    """With a LoRA, which the host then applies as they are fetched."""
+    results = []
+    for moves in (False, True):
+        model = build_model(UNETS["tiny"])
+        key = "diffusion_model.middle_block.0.in_layers.2.weight"
+        model.add_patches({key: ("diff", (torch.full((64, 64, 3, 3), 0.01),))})
+        seen: list[float] = []
+
+        def on_step(step: int, model: Any = model, moves: bool = moves, seen: list[float] = seen) -> None:
+            if step == 1 and moves:
+                seen.append(model.partially_unload(model.offload_device, 1e12))
+
+        results.append(tune(model, on_step=on_step))
+        assert bool(seen and seen[0] > 0) == moves
+    (there, losses), (away, other_losses) = results
+    assert losses != undisturbed[1]
+    assert other_losses == pytest.approx(losses, rel=1e-5)
+    for tensor_key, value in there.tensors.items():
+        torch.testing.assert_close(away.tensors[tensor_key], value, rtol=1e-3, atol=1e-5)
+
+
+# --- converted weights ------------------------------------------------------------------------------------
+
+
+def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversions = 0
+    fetch = host.fetch
+
+    def spy(module: torch.nn.Module, x: Tensor) -> Any:
+        nonlocal conversions
+        conversions += x.dtype == torch.bfloat16 and isinstance(module, torch.nn.Conv2d)
+        return fetch(module, x)
+
+    monkeypatch.setattr(host, "fetch", spy)
+    plans: list[memory.Plan] = []
+    expected = tune(precision=torch.bfloat16, level="keep", budget=1.0, on_plan=plans.append)
+    anew, conversions = conversions, 0
+    assert_same(tune(precision=torch.bfloat16, level="keep", budget=1e12), expected)
+    # Two probes and one time of four steps, forward and backward.
+    assert conversions < anew / 2
+    # And given up first when memory turns out to be short.
+    predict = Scarce(host.TrainingUNet.predict, 3)
+    monkeypatch.setattr(host.TrainingUNet, "predict", predict)
+    kept: list[bool] = []
+    make_room = tuning._Descent.make_room
+    monkeypatch.setattr(
+        tuning._Descent, "make_room", lambda self: kept.append(self.session.converted.keep) or make_room(self)
+    )
+    assert_same(tune(precision=torch.bfloat16, budget=1e12), expected)
+    assert kept == [True] and predict.left == 0
+
+
+# --- waiting for the device -------------------------------------------------------------------------------
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what reads a tensor's values into Python, for which a device would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_no_step_reads_back_from_the_device(precision: torch.dtype | None, as_on_a_card: None) -> None:
+    reads, counts = _Reads(), []
+    timestep, noise = 500, torch.randn(2, 4, 8, 8)
+
+    def on_step(step: int) -> None:
+        if step == 0:
+            reads.__enter__()
+        counts.append(reads.count)
+
+    tune(steps=10, precision=precision, draw=lambda step: (timestep, noise), on_step=on_step)
+    reads.__exit__(None, None, None)
+    assert counts == [0] * 10
