@@ -238,7 +238,8 @@ def left_behind(server: HostServer) -> list[str]:
     for folder in ("output", "temp", "models/tav", "scratch"):
         for path in (server.base / folder).rglob("*"):
             relative = path.relative_to(server.base).as_posix()
-            if path.is_dir():
+            # torch.distributed, which some of the host's imports load, keeps its generated module there.
+            if path.is_dir() or path.name == "_remote_module_non_scriptable.py":
                 continue
             if folder == "scratch" or path.name.startswith(".") or path.suffix in (".part", ".partial", ".tmp"):
                 found.append(relative)
