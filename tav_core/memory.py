@@ -23,9 +23,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from .inflate import Forward, transformer_blocks
+
+try:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+except ImportError:  # PyTorch 2.4: units are kept or recomputed as a whole
+    CheckpointPolicy = None  # type: ignore[assignment,misc]
 
 Level = Literal["keep", "selective", "recompute"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -177,10 +182,9 @@ def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 def planned_forwards(unet: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, Forward]]:
     """Forwards of the units that ``plan`` does not keep, around those the units have now."""
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    ways = {
-        "selective": partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention)),
-        "recompute": again,
-    }
+    ways = {"recompute": again}
+    if CheckpointPolicy is not None:
+        ways["selective"] = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
     return [
         (module, partial(ways[plan.levels[path]], module.forward))
         for path, module in units(unet).items()
@@ -236,7 +240,8 @@ def _counting(unet: torch.nn.Module) -> Iterator[dict[str, _Counted]]:
         return alone
 
     def attended(size: int) -> None:
-        if running:
+        # Without results that could be kept alone, nothing is planned to be.
+        if running and CheckpointPolicy is not None:
             found[running[-1]].attended += size
 
     handles = []

@@ -103,6 +103,18 @@ def test_recomputing_learns_the_same(scope: TrainScope, level: Level) -> None:
     assert all(torch.equal(value, recomputed.tensors[key]) for key, value in kept.tensors.items())
 
 
+def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on PyTorch 2.4."""
+    model, plans = build_model(UNETS["tiny"]), []
+    kept, _ = tune(model, level="keep")
+    monkeypatch.setattr(memory, "CheckpointPolicy", None)
+    motion, _ = tune(model, level="selective", on_plan=plans.append)
+    assert all(torch.equal(value, motion.tensors[key]) for key, value in kept.tensors.items())
+    tune(model, budget=plans[0].bytes / 2, on_plan=plans.append)
+    assert [set(plan.levels.values()) for plan in plans] == [{"keep"}, {"keep", "recompute"}]
+
+
+@pytest.mark.skipif(memory.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
 def test_at_the_selective_level_no_attention_runs_twice() -> None:
     runs: dict[str, int] = {}
     for level in LEVELS:
