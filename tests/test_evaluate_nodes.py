@@ -1,0 +1,102 @@
+"""Evaluate Video and Compare Videos, with a CLIP whose embeddings are known."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host, pictures
+
+pytestmark = pytest.mark.comfyui
+
+
+class Vision:
+    """Embeds a picture as its mean colour, and counts how many it is given at a time."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
+        self.batches.append(len(images))
+        return {"image_embeds": images[..., :3].mean(dim=(1, 2))}
+
+
+def text_model(projection: Tensor | None, pooled: Tensor, projected: bool = False) -> Any:
+    """A CLIP that gives this pooled output for any text."""
+    model = torch.nn.Module()
+    model.part = torch.nn.Module()
+    if projection is not None:
+        model.part.return_projected_pooled = projected
+        model.part.transformer = torch.nn.Module()
+        model.part.transformer.text_projection = torch.nn.Linear(3, 3, bias=False)
+        model.part.transformer.text_projection.weight.data = projection
+
+    def encode(tokens: str, return_pooled: bool) -> tuple[None, Tensor]:
+        assert tokens == "tokens of red" and return_pooled
+        return None, pooled
+
+    return SimpleNamespace(cond_stage_model=model, tokenize=lambda text: f"tokens of {text}", encode_from_tokens=encode)
+
+
+@pytest.fixture
+def nodes() -> Any:
+    from tune_a_video.nodes import evaluate
+
+    return evaluate
+
+
+def red(frames: int = 20) -> Tensor:
+    video = torch.rand(frames, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 0.01
+    video[..., 0] += 0.5
+    return video
+
+
+def value(table: str, row: str) -> float:
+    found = re.search(rf"{row} \| (\S+) \|", table)
+    assert found, table
+    return float(found[1])
+
+
+def test_what_clip_says_is_in_the_table(nodes: Any) -> None:
+    vision = Vision()
+    clip = text_model(2 * torch.eye(3)[[1, 0, 2]], torch.tensor([[0.0, 1.0, 0.0]]))
+    table, curves = nodes.EvaluateVideo.execute(red(), red(), "red", vision, clip).result
+    assert vision.batches == [16, 4]
+    assert value(table, "consistency") == pytest.approx(1, abs=0.01)
+    assert value(table, "faithfulness") == pytest.approx(100, abs=1)
+    assert curves.ndim == 4 and curves.shape[-1] == 3
+    alone, _ = nodes.EvaluateVideo.execute(red(), red(), "red").result
+    assert "aithfulness" not in alone
+
+
+def test_half_a_clip_is_refused(nodes: Any) -> None:
+    clip = text_model(torch.eye(3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="^clip_vision: it is missing.*Load CLIP Vision"):
+        nodes.EvaluateVideo.execute(red(2), red(2), "red", None, clip)
+    with pytest.raises(ValueError, match="^source and edited: one has 2 frames"):
+        nodes.EvaluateVideo.execute(red(2), red(3))
+
+
+def test_text_embeddings_are_projected_once() -> None:
+    pooled, projection = torch.tensor([[1.0, 2.0, 3.0]]), 2 * torch.eye(3)[[1, 0, 2]]
+    assert host.text_embedding(text_model(projection, pooled), "red").tolist() == [4, 2, 6]
+    assert host.text_embedding(text_model(projection, pooled, projected=True), "red").tolist() == [1, 2, 3]
+    for nothing in (torch.zeros(3, 3), torch.eye(3), torch.full((3, 3), float("nan")), torch.full((3, 3), 1e6)):
+        with pytest.raises(ValueError, match="^clip: it has no text projection.*clip_l"):
+            host.text_embedding(text_model(nothing, pooled), "red")
+    with pytest.raises(ValueError, match="^clip: it is not a CLIP text model"):
+        host.text_embedding(text_model(None, pooled), "red")
+
+
+def test_clips_stand_side_by_side_under_their_captions(nodes: Any) -> None:
+    source, edit = red(3), red(3).flip(-1)
+    video, sheet = nodes.CompareVideos.execute(source, edit, "the clip\n\n", edit_3=source).result
+    named = [("the clip", source), ("edit 1", edit), ("edit 3", source)]
+    assert torch.equal(video, pictures.side_by_side(named)) and torch.equal(sheet, pictures.contact_sheet(named))
+    assert len(video) == 3 and video.shape[2] >= 3 * 32
+    other = pictures.side_by_side([("source", source), ("edit 1", edit), ("edit 3", source)])
+    assert not torch.equal(video, other)
