@@ -111,7 +111,8 @@ def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch:
     motion, _ = tune(model, level="selective", on_plan=plans.append)
     assert all(torch.equal(value, motion.tensors[key]) for key, value in kept.tensors.items())
     tune(model, budget=plans[0].bytes / 2, on_plan=plans.append)
-    assert [set(plan.levels.values()) for plan in plans] == [{"keep"}, {"keep", "recompute"}]
+    assert set(plans[0].levels.values()) == {"keep"}
+    assert "recompute" in plans[1].levels.values() and "selective" not in plans[1].levels.values()
 
 
 @pytest.mark.skipif(memory.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
