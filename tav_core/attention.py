@@ -71,7 +71,7 @@ def _fused_rows(device: torch.device) -> int:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # The CPU's backward pass takes two to eight times as long in bfloat16 as in float32.
+        # The backward pass takes up to eight times as long in bfloat16 as in float32 on the CPU.
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -347,8 +347,9 @@ class _Descent:
         except Exception as error:
             if not is_out_of_memory(error) or not _has_own_memory(self.session.device):
                 raise
-            host.release_cached_memory()
-            return AdamW(self.parameters, rate, decay, offloaded=True)
+        # Not in there, where the error still holds on to what was allocated.
+        host.release_cached_memory()
+        return AdamW(self.parameters, rate, decay, offloaded=True)
 
     def make_room(self) -> str:
         """Give up what takes memory on the device beside activations, the cheapest first; says what, "" for nothing."""
