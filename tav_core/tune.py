@@ -489,6 +489,8 @@ def _run(
     try:
         while descent.done < steps and not hopeless and not _ended(descent, patience, stop):
             plan = _step(descent, unet, costs, plan)
+            if previews is not None and descent.done % previews[0] == 0:
+                _preview(descent, previews[1])
             history = descent.look_back() if descent.done % _CHECK_INTERVAL == 0 else None
             if history is not None:
                 hopeless = descent.is_hopeless(history)
@@ -496,8 +498,6 @@ def _run(
                     on_losses(history[0].tolist())
             if checkpoint is not None and checkpoint.due():
                 checkpoint.write(descent.state())
-            if previews is not None and descent.done % previews[0] == 0:
-                _preview(descent, previews[1])
             if on_step is not None:
                 on_step(descent.done - 1)
     except BaseException:

@@ -40,6 +40,7 @@ class Workbench:
         self.latent = vae.encode(self.frames)
         self.encode: Callable[[str], Any] = lambda sentence: tiny_sd.encode(self.text, sentence)
         self.tuned: dict[int, Any] = {0: self._inflated(None)}
+        self.inverted: dict[Any, Any] = {}
 
     def _inflated(self, motion: Any) -> Any:
         from tune_a_video.tav_core import host
@@ -85,9 +86,15 @@ class Workbench:
         with_prompt = self.encode(self.clip.prompt if inverted_with is None else inverted_with)
         levels = host.sigma_table(model)
         rising, falling = schedule.inversion_sigmas(levels, steps), schedule.sampling_sigmas(levels, steps)
-        start = host.run_sampler(model, ddim_invert, rising, with_prompt, with_prompt, 1.0, self.latent)
+        inversion = (id(model), steps, inverted_with)
+        if inversion not in self.inverted:
+            self.inverted[inversion] = host.run_sampler(
+                model, ddim_invert, rising, with_prompt, with_prompt, 1.0, self.latent
+            )
         scale = self.settings.guidance if guidance is None else guidance
-        edited = host.run_sampler(model, ddim_sample, falling, self.encode(prompt), self.encode(""), scale, start)
+        edited = host.run_sampler(
+            model, ddim_sample, falling, self.encode(prompt), self.encode(""), scale, self.inverted[inversion]
+        )
         return self.vae.decode(edited)
 
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import browser
 import engine
 from host_server import HostServer
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
 
 import workflows
 
-VIEW = {"width": 2400, "height": 1350}
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+VIEW = (2400, 1350)
 PICTURE = (1200, 675)
 # Menus and side bars lie over the canvas.
 HIDDEN = """
@@ -65,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pack's workflows in ComfyUI's own front end.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
-    parser.add_argument("--browser", metavar="PATH", default=shutil.which("chromium"), help="default: chromium")
+    parser.add_argument("--browser", metavar="PATH", help="default: the Chromium on the PATH")
     options = parser.parse_args()
     comfyui = engine.find_comfyui(options.comfyui)
     if comfyui is None:
@@ -73,18 +76,11 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as base,
         HostServer(comfyui, Path(base), {workflows.PACK: workflows.ROOT}) as server,
-        sync_playwright() as playwright,
+        browser.open_page(server.port, *VIEW, path=options.browser) as page,
     ):
-        browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
-        page = browser.new_page(viewport=VIEW)
-        page.goto(f"http://127.0.0.1:{server.port}", timeout=180_000)
-        page.wait_for_function("Boolean(window.app?.graph && app.canvas && LiteGraph.registered_node_types.TAV_Sample)",
-                               timeout=180_000)  # fmt: skip
-        page.wait_for_timeout(3000)
         for name in options.names or workflows.WORKFLOWS:
             picture(page, name).save(workflows.FOLDER / f"{name}.jpg", quality=85, optimize=True)
             print(name, flush=True)
-        browser.close()
 
 
 if __name__ == "__main__":
