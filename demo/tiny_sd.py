@@ -214,7 +214,7 @@ def load(path: Path = WEIGHTS) -> tuple[Any, Any, Any]:
     clip.load_sd(text)
 
     # The host's VAE object knows no autoencoder of this size: it is made with another and given ours.
-    vae = comfy.sd.VAE(sd={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)}, dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD().state_dict(), dtype=torch.float32)
     vae.first_stage_model = Autoencoder().eval()
     vae.first_stage_model.load_state_dict(part("vae."))
     vae.patcher = comfy.model_patcher.ModelPatcher(
