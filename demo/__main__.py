@@ -120,7 +120,7 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     folder = output / f".unfinished-{made_from}"
     if arguments.again:
         shutil.rmtree(folder, ignore_errors=True)
-    elif _done(output, job.files(), made_from):
+    elif not folder.exists() and _done(output, job.files(), made_from):
         print(f"Done already; --again makes everything anew. The results are in {output}:")
         _show(json.loads((output / job.REPORT).read_text()), output)
         return
