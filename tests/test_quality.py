@@ -23,7 +23,7 @@ import tiny_sd  # noqa: E402
 
 CLIP = next(clip for clip in clips.CLIPS if clip.name == ablations.PICTURED)
 KIND = "object"
-METHODS = tuple(method for method in study.METHODS if method.name != "without ST-Attn")
+METHODS = tuple(method for method in study.METHODS if "ST-Attn" not in method.name)
 
 Measured = dict[str, dict[str, float]]
 
@@ -50,7 +50,12 @@ def test_without_inversion_the_motion_is_lost(measured: Measured) -> None:
     assert measured["without inversion"]["frame consistency"] < measured["full method"]["frame consistency"]
 
 
-@pytest.mark.parametrize("ablation", ["without tuning", "frame by frame"])
-def test_untuned_it_follows_the_motion_less_closely(measured: Measured, ablation: str) -> None:
-    assert measured[ablation]["motion alignment"] < measured["full method"]["motion alignment"]
-    assert measured[ablation]["warp error"] > measured["full method"]["warp error"]
+def test_without_tuning_the_edit_follows_the_motion_less_closely(measured: Measured) -> None:
+    ablated, full = measured["without tuning"], measured["full method"]
+    assert ablated["motion alignment"] < full["motion alignment"]
+    assert ablated["warp error"] > full["warp error"]
+    assert ablated["frame consistency"] < full["frame consistency"]
+
+
+def test_frame_by_frame_the_edit_follows_the_motion_less_closely(measured: Measured) -> None:
+    assert measured["frame by frame"]["motion alignment"] < measured["full method"]["motion alignment"]
