@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +126,14 @@ class LoadVideo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, **others: Any) -> str:
+        """The file's content: the same clip uploaded again must not be tuned and inverted again."""
         # A constant where there is no file to look at: an error here would load and tune anew on every run.
         try:
-            status = os.stat(_input_file(file))
+            path = _input_file(file)
+            status = os.stat(path)
+            return _digest(path, status.st_mtime_ns, status.st_size)
         except (OSError, ValueError):
             return ""
-        return f"{status.st_mtime_ns}-{status.st_size}"
 
     @classmethod
     @memory_explained("frame_count", "Keep fewer frames, or make them smaller.")
@@ -250,6 +254,16 @@ def _input_file(name: Any) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"file: '{name}' is not in the input folder; upload it again, or choose another one.")
     return path
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, mtime_ns: int, size: int) -> str:
+    """SHA-256 of a file, read again only when its time or size has changed."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _is_name(name: Any) -> bool:

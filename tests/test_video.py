@@ -825,7 +825,12 @@ def test_fingerprint(nodes: ModuleType, input_folder: Path) -> None:
     fingerprint: Callable = nodes.LoadVideo.fingerprint_inputs
     before = fingerprint(file="clip.mp4", start=0.0, width=None)
     assert before == fingerprint(file="clip.mp4", start=0.0, width=None)
+    content = (input_folder / "clip.mp4").read_bytes()
     os.utime(input_folder / "clip.mp4", (1, 1))
+    assert fingerprint(file="clip.mp4", start=0.0, width=None) == before
+    (input_folder / "other.mp4").write_bytes(content)
+    assert fingerprint(file="other.mp4", start=0.0, width=None) == before
+    (input_folder / "clip.mp4").write_bytes(content[:-1] + b"x")
     assert fingerprint(file="clip.mp4", start=0.0, width=None) != before
     for name in (None, "gone.mp4", "../x", "a\0b", 5):
         assert fingerprint(file=name, start=None) == ""
