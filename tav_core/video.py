@@ -354,7 +354,7 @@ def _frame_rate(stream: str, times: Sequence[float]) -> float:
     if rate.is_integer():
         return rate or measured
     ntsc = round(rate * 1.001) * 1000 / 1001
-    return next((round(finer, 6) for finer in (ntsc, measured) if abs(finer - rate) < 0.006), rate)
+    return next((round(finer, 6) for finer in (ntsc, measured) if finer and abs(finer - rate) < 0.006), rate)
 
 
 def read_frames(

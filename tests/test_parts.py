@@ -36,6 +36,35 @@ def test_attention_is_softmax_of_products() -> None:
     torch.testing.assert_close(attend(q, k, v, heads=2), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "learns", "computed_in"),
+    [
+        (torch.bfloat16, True, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.float16, True, torch.float16),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_bfloat16_is_attended_to_in_float32_where_a_gradient_is_wanted_of_the_cpu(
+    dtype: torch.dtype, learns: bool, computed_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(2, 5, 8, dtype=dtype) for _ in "qkv")
+    fused, dtypes = F.scaled_dot_product_attention, []
+    expected = fused(*(x.float().unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+
+    def spy(*tensors: Tensor) -> Tensor:
+        dtypes.append({x.dtype for x in tensors})
+        return fused(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    out = attend(q.requires_grad_(learns), k, v, heads=2)
+    assert dtypes == [{computed_in}] and out.dtype == dtype and out.requires_grad == learns
+    if computed_in == torch.float32:
+        assert torch.equal(out, expected.to(dtype))
+    else:
+        torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+
+
 def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What graphics cards need, on any device."""
     frames, n, heads = 3, 5, 2

@@ -335,6 +335,12 @@ def test_frame_rate(tmp_path: Path, rate: str, extension: str) -> None:
     assert info.fps == pytest.approx(float(Fraction(rate)), rel=1e-6 if extension == "mp4" else 1e-3)
 
 
+def test_a_frame_may_last_minutes(tmp_path: Path) -> None:
+    clip = video.load_clip(make_clip(tmp_path / "a.mp4", count=3, fps="1/300"), 500.0, "seconds", 0, resize="keep")
+    assert numbers(clip.images) == [2]
+    assert clip.fps == pytest.approx(1 / 300, rel=1e-3)
+
+
 @pytest.mark.parametrize("without_decord", [False, True])
 def test_varying_frame_rate(tmp_path: Path, without_decord: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if without_decord:
