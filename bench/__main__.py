@@ -4,6 +4,7 @@ python bench tune-step | invert-step | sample-step    one kind of step at any UN
 python bench scale                                    steps over frames and sizes, with curves
 python bench ablation                                 the paper's ablations on drawn clips
 python bench peak                                     predicted against measured memory of a tuning step
+python bench windows                                  long clips, whole and in context windows
 python bench cards                                    what the planner would do on graphics cards
 python bench ranks                                    what motions lose when they are saved at a rank
 python bench evaluate                                 the figures of the EvaluateVideo node for two files
@@ -54,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     cards.add_argument("--frames", type=int, default=24)
     cards.add_argument("--size", type=int, default=512, help="pixels, square")
     cards.add_argument("--gib", type=float, nargs="+", default=[8, 12, 16, 24, 80])
+    windows = commands.add_parser("windows", help="memory and time of long clips, whole and in context windows")
+    windows.add_argument("--unet", default="tiny", choices=["sd15", "sd21", "sdxl", "tiny"])
+    windows.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    windows.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    windows.add_argument("--size", type=int, default=64, help="pixels, square")
+    windows.add_argument("--window", type=int, default=8, help="frames")
     ablation = commands.add_parser("ablation", help="the paper's ablations on drawn clips")
     ablation.add_argument("--quick", action="store_true", help="one clip, one edit, one seed")
     ablation.add_argument("--clips", type=int, default=8)
@@ -120,6 +127,12 @@ def _peak(arguments: argparse.Namespace) -> dict[str, Any]:
     return peak.run(arguments)
 
 
+def _windows(arguments: argparse.Namespace) -> dict[str, Any]:
+    import windows
+
+    return windows.run(arguments)
+
+
 def _cards(arguments: argparse.Namespace) -> dict[str, Any]:
     import peak
 
@@ -159,6 +172,7 @@ _COMMANDS = {
     "sample-step": _step,
     "scale": _scale,
     "peak": _peak,
+    "windows": _windows,
     "cards": _cards,
     "ablation": _ablation,
     "ranks": _ranks,

@@ -7,6 +7,7 @@ the engine of November 2024 that PyPI carries (without wrappers or attachments) 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -341,7 +342,19 @@ def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, Tempor
             with swaps(executor.class_obj, given["x"].shape[0], given.get("transformer_options", {})):
                 return executor(*args, **kwargs)
 
+        one_step: Any = WeakIdKeyDictionary()
+
+        def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            given = inspect.signature(executor.original).bind(*args, **kwargs)
+            options = given.arguments.get("model_options", {})
+            handler = options.get("context_handler")
+            if hasattr(handler, "set_step"):
+                fitted = one_step.setdefault(handler, _for_frames(handler))
+                given.arguments["model_options"] = {**options, "context_handler": fitted}
+            return executor(*given.args, **given.kwargs)
+
         model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
     else:
 
         def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
@@ -349,6 +362,17 @@ def _wrap(model: ModelPatcher, inflation: Inflation, layers: Mapping[str, Tempor
                 return apply_model(args["input"], args["timestep"], **args["c"])
 
         model.set_model_unet_function_wrapper(unet_function)
+
+
+def _for_frames(handler: Any) -> Any:
+    """A copy of a handler of context windows that takes a timestep for each frame.
+
+    The host's compares them with all sigmas of the run, element by element; ComfyUI 0.3.64 fails then, unless there
+    are as many frames as sigmas, as it thinks of models whose batch is one video.
+    """
+    fitted, kind = copy.copy(handler), type(handler)
+    fitted.set_step = lambda timestep, *args, **kwargs: kind.set_step(fitted, timestep[:1], *args, **kwargs)
+    return fitted
 
 
 def deflated(model: ModelPatcher) -> ModelPatcher:
@@ -368,7 +392,8 @@ def deflated(model: ModelPatcher) -> ModelPatcher:
             model.patches.pop(key, None)
     model.add_patches({})  # gives the changed set of patches an identity of its own
     model.remove_additional_models(_KEY)
-    model.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY)
+    for kind in (comfy.patcher_extension.WrappersMP.APPLY_MODEL, comfy.patcher_extension.WrappersMP.PREDICT_NOISE):
+        model.remove_wrappers_with_key(kind, _KEY)
     model.remove_attachments(_KEY)
     return model
 

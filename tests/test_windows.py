@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host
+from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.attention import gather_frames
 from tune_a_video.tav_core.inflate import Inflation, Layout
+from tune_a_video.tav_core.sample import ddim_sample
 from unets import UNETS, build_model
 
 
@@ -113,3 +114,32 @@ def test_a_hint_for_each_frame_is_refused_where_windows_would_mix_them_up() -> N
     check(hints=8, length=8)
     with pytest.raises(ValueError, match="positive: .*4 of 8 frames at a time"):
         check(hints=8, length=4)
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("frames", [4, 6, 9])
+def test_any_number_of_frames_goes_through_windows_at_any_number_of_steps(frames: int) -> None:
+    """The host compares timesteps with sigmas; of both there may be any number here, one for each frame."""
+    from comfy import context_windows, sample
+
+    steps = 3
+    with torch.inference_mode():
+        model = host.inflate_model(build_model(UNETS["tiny"]), Inflation())
+        begun: list[int] = []
+
+        def two_halves(count: int, handler: Any, model_options: Any) -> list[list[int]]:
+            begun.append(handler._step)
+            return [list(range(count // 2)), list(range(count // 2, count))]
+
+        halves = context_windows.ContextSchedule("halves", two_halves)
+        fuse = context_windows.get_matching_fuse_method("flat")
+        model.model_options["context_handler"] = context_windows.IndexListContextHandler(halves, fuse, context_length=2)
+        latent = torch.randn(frames, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        prompt = [[torch.zeros(1, 7, host.context_width(model)), {}]]
+        sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps)
+        ours = host.run_sampler(model, ddim_sample, sigmas, prompt, prompt, 7.5, latent)
+        assert begun == [*range(steps)] and torch.isfinite(ours).all()
+        begun.clear()
+        zeros = torch.zeros_like(latent)
+        theirs = sample.sample(model, latent, steps, 7.5, "euler", "normal", prompt, prompt, zeros, seed=0)
+        assert begun == [*range(steps)] and torch.isfinite(theirs).all()

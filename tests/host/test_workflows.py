@@ -37,7 +37,8 @@ SMALL = {
     "frame_count": FRAMES,
     "width": SIZE,
     "height": SIZE,
-    "steps": 2,
+    # As many sigmas as frames would hide what goes wrong when the two are mixed up.
+    "steps": 4,
     # Tuned on two frames, sampled in windows of two.
     "length": 2,
     "context_length": 2,
@@ -164,7 +165,7 @@ def test_a_script_runs_one_with_progress(server, definitions):
     changes = {name: value for name, value in SMALL.items() if name in ("frame_count", "width", "height", "steps")}
     done = run_script(server, **changes, ckpt_name=CHECKPOINT, filename_prefix="by-script")
     assert done.returncode == 0, done.stderr
-    assert "TAV_OneShotTune: 2/2" in done.stdout and "TAV_Sample: 2/2" in done.stdout
+    assert "TAV_OneShotTune: 4/4" in done.stdout and "TAV_Sample: 4/4" in done.stdout
     (path,) = [line for line in done.stdout.splitlines() if line.startswith("output/")]
     assert imageio_ffmpeg.count_frames_and_secs(str(server.base / path))[0] == FRAMES
 
