@@ -72,8 +72,13 @@ def _fused_rows(device: torch.device) -> int:
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         # The backward pass takes up to eight times as long in bfloat16 as in float32 on the CPU.
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        return F.scaled_dot_product_attention(_float(q), _float(k), _float(v)).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def _float(x: Tensor) -> Tensor:
+    """In float32; a text that all frames share, a view of one, is not written out for each of them."""
+    return x[:1].float().expand_as(x) if x.stride(0) == 0 else x.float()
 
 
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:

@@ -7,14 +7,14 @@ A unit is a residual block or a transformer block. It runs at one of three level
   norms, projections and the feed-forward run a second time in the backward pass;
 - recompute: to its input alone; all of it runs a second time.
 
-What a unit would keep is measured, not guessed: on two small probes, from which it grows linearly with frames
+What a unit would keep is measured, not guessed: on three small probes, from which it grows linearly with frames
 and pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -266,33 +266,36 @@ def measure(
 ) -> dict[str, UnitCost]:
     """What each unit would keep for a clip of ``frames`` x ``height`` x ``width`` latent pixels.
 
-    ``run(frames, height, width)`` evaluates the UNet on a clip of that size, as prepared for training. Two
-    small probes tell what grows with the clip from what does not (converted weights that autograd saves).
-    ``gradients``: their bytes by the path of a transformer block.
+    ``run(frames, height, width)`` evaluates the UNet on a clip of that size, as prepared for training. Three
+    small probes tell what grows with the clip's pixels, what with its frames alone (text that is seen by each), and
+    what with neither (converted weights that autograd saves). ``gradients``: their bytes by the path of a
+    transformer block.
     """
     side = 8  # the least that survives the UNet's halvings
     probes = []
-    for count in (2, 3):
+    for shape in ((2, side, side), (3, side, side), (2, side, 2 * side)):
         with _counting(unet) as found:
-            run(count, side, side)
+            run(*shape)
         probes.append(found)
     factor = frames * height * width / side**2
-    two, three = probes
 
-    def grown(now: int, before: int) -> float:
-        """What grows with the clip at its size, and the rest (converted weights) as it is."""
-        per_frame = now - before
-        return per_frame * factor + max(now - 3 * per_frame, 0)
+    def grown(probed: Iterable[int]) -> float:
+        """Of the clip, from what was counted in the three."""
+        small, longer, wider = probed
+        by_area = (wider - small) / 2  # a frame's, of the probes' area
+        by_frame = longer - small - by_area
+        return by_area * factor + by_frame * frames + small - 2 * (by_area + by_frame)
 
+    small, _, wider = probes
     return {
         path: UnitCost(
-            saved=grown(three[path].saved, two[path].saved),
-            input=three[path].input / 3 * factor,
-            attended=(three[path].attended - two[path].attended) * factor,
+            saved=grown(probe[path].saved for probe in probes),
+            input=small[path].input / 2 * factor,
+            attended=grown(probe[path].attended for probe in probes),
             gradients=gradients.get(path, 0),
         )
-        for path in two
-        if three[path].saved > two[path].saved
+        for path in small
+        if wider[path].saved > small[path].saved
     }
 
 

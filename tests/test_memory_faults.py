@@ -234,7 +234,7 @@ def test_what_is_learnt_survives_a_step_without_memory(
 
     def first_step_alone(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
         taken.append(timestep)
-        if len(taken) > 3:  # two probes and a step
+        if len(taken) > 4:  # three probes and a step
             raise error()
         return predict(self, noisy, timestep)
 

@@ -226,7 +226,7 @@ class Scarce:
 
 PLACES = {
     "probe": (host.TrainingUNet, "predict", 0),
-    "forward": (host.TrainingUNet, "predict", 3),
+    "forward": (host.TrainingUNet, "predict", 4),
     "backward": (Tensor, "backward", 1),
     "clipping": (torch.nn.utils, "clip_grad_norm_", 1),
     "first update": (torch, "_fused_adamw_", 0),
@@ -306,10 +306,10 @@ def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPat
     expected = tune(precision=torch.bfloat16, level="keep", budget=1.0, on_plan=plans.append)
     anew, conversions = conversions, 0
     assert_same(tune(precision=torch.bfloat16, level="keep", budget=1e12), expected)
-    # Two probes and one time of four steps, forward and backward.
+    # Three probes and one time of four steps, forward and backward.
     assert conversions < anew / 2
     # And given up first when memory turns out to be short.
-    predict = Scarce(host.TrainingUNet.predict, 3)
+    predict = Scarce(host.TrainingUNet.predict, 4)
     monkeypatch.setattr(host.TrainingUNet, "predict", predict)
     kept: list[bool] = []
     make_room = tuning._Descent.make_room

@@ -65,6 +65,21 @@ def test_bfloat16_is_attended_to_in_float32_where_a_gradient_is_wanted_of_the_cp
         torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
 
 
+def test_a_text_that_all_frames_share_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(6, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    text = torch.randn(1, 7, 8, dtype=torch.bfloat16).expand(6, -1, -1)
+    fused, sizes = F.scaled_dot_product_attention, []
+
+    def spy(*tensors: Tensor) -> Tensor:
+        sizes.append([x.untyped_storage().nbytes() for x in tensors])
+        return fused(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    shared, written_out = attend(q, text, text, heads=2), attend(q, text.contiguous(), text.contiguous(), heads=2)
+    assert torch.equal(shared, written_out)
+    assert sizes == [[6 * 5 * 8 * 4, 7 * 8 * 4, 7 * 8 * 4], [6 * 5 * 8 * 4, 6 * 7 * 8 * 4, 6 * 7 * 8 * 4]]
+
+
 def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What graphics cards need, on any device."""
     frames, n, heads = 3, 5, 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import tiny_checkpoint
-from graphs import CHECKPOINT, FRAMES, PACK, SIZE, Node
+from graphs import CHECKPOINT, PACK, Node
 
 import workflows
 
@@ -33,18 +33,19 @@ OUR_MODELS = {
     workflows.CLIP_VISION: "vision.safetensors",
     workflows.CLIP_TEXT: "clip_l.safetensors",
 }
+# All of them differ: what is mixed up must not fit by chance.
+FRAMES, WIDTH, HEIGHT, STEPS = 5, 96, 64, 2
 SMALL = {
     "frame_count": FRAMES,
-    "width": SIZE,
-    "height": SIZE,
-    # As many sigmas as frames would hide what goes wrong when the two are mixed up.
-    "steps": 4,
+    "width": WIDTH,
+    "height": HEIGHT,
+    "steps": STEPS,
     # Tuned on two frames, sampled in windows of two.
     "length": 2,
     "context_length": 2,
     "context_overlap": 1,
-    "x": SIZE // 4,
-    "y": SIZE // 4,
+    "x": WIDTH // 4,
+    "y": HEIGHT // 4,
 }
 
 
@@ -165,7 +166,7 @@ def test_a_script_runs_one_with_progress(server, definitions):
     changes = {name: value for name, value in SMALL.items() if name in ("frame_count", "width", "height", "steps")}
     done = run_script(server, **changes, ckpt_name=CHECKPOINT, filename_prefix="by-script")
     assert done.returncode == 0, done.stderr
-    assert "TAV_OneShotTune: 4/4" in done.stdout and "TAV_Sample: 4/4" in done.stdout
+    assert f"TAV_OneShotTune: {STEPS}/{STEPS}" in done.stdout and f"TAV_Sample: {STEPS}/{STEPS}" in done.stdout
     (path,) = [line for line in done.stdout.splitlines() if line.startswith("output/")]
     assert imageio_ffmpeg.count_frames_and_secs(str(server.base / path))[0] == FRAMES
 
