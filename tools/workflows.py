@@ -787,7 +787,7 @@ def demo_model(canvas: Canvas) -> None:
         room=230,
         source=video["images"],
         edit_1=frames["IMAGE"],
-        captions="a blue heart\na blue star",
+        captions="heart\nstar",
     )
     large = canvas.add("ImageScaleBy", image=both["video"], upscale_method="nearest-exact", scale_by=4.0)
     canvas.add("TAV_SaveVideo", room=340, images=large["IMAGE"], fps=video["fps"], filename_prefix="TuneAVideo/demo")

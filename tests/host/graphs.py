@@ -13,8 +13,9 @@ CLIP_FILE = "man-skiing.mp4"
 SOURCE_PROMPT = "a man is skiing"
 EDIT_PROMPT = "spider man is skiing on the beach, cartoon style"
 FRAMES = 3
-SIZE = 64
-STEPS = 3
+# All numbers differ: what is mixed up must not fit by chance. Sampling has one sigma more than steps.
+WIDTH, HEIGHT = 96, 64
+STEPS = 4
 
 Link = list[Any]
 
@@ -61,15 +62,15 @@ def text(graph: Graph, clip: Link, prompt: str) -> Link:
 
 
 def load_video(graph: Graph, file: str = CLIP_FILE, **changes: Any) -> Node:
-    """TAV_LoadVideo with every input named: FRAMES frames of SIZE x SIZE, unless changed."""
+    """TAV_LoadVideo with every input named: FRAMES frames of WIDTH x HEIGHT, unless changed."""
     inputs = {
         "file": file,
         "start": 0.0,
         "start_unit": "seconds",
         "frame_count": FRAMES,
         "frame_step": 2,
-        "width": SIZE,
-        "height": SIZE,
+        "width": WIDTH,
+        "height": HEIGHT,
         "resize": "crop to fill",
     }
     return graph.add("TAV_LoadVideo", **(inputs | changes))
@@ -78,6 +79,17 @@ def load_video(graph: Graph, file: str = CLIP_FILE, **changes: Any) -> Node:
 def clip_latent(graph: Graph, vae: Link, frames: int = FRAMES) -> Link:
     """The latents of the clip's first frames."""
     return graph.add("VAEEncode", pixels=load_video(graph, frame_count=frames)[0], vae=vae)[0]
+
+
+def random_latent(graph: Graph, frames: int = FRAMES, seed: int = 4, channels: int = 4, broken: int = 0) -> Link:
+    """Frames that have little in common; the first ``broken`` numbers are NaN."""
+    size = {"width": WIDTH // 8, "height": HEIGHT // 8}
+    return graph.add("ProbeLatent", frames=frames, channels=channels, seed=seed, broken=broken, **size)[0]
+
+
+def random_hints(graph: Graph, count: int = FRAMES, seed: int = 3, first: int = 0) -> Link:
+    """Pictures for a ControlNet, those of a longer row from ``first`` on."""
+    return graph.add("ProbeHints", count=count, width=WIDTH, height=HEIGHT, seed=seed, first=first)[0]
 
 
 def inflate(graph: Graph, model: Link, **changes: Any) -> Link:
@@ -158,7 +170,7 @@ def text_to_image(graph: Graph, loaded: Checkpoint, end_at_step: int = 10000) ->
         loaded.model,
         text(graph, loaded.clip, "a photo of a lighthouse"),
         text(graph, loaded.clip, ""),
-        graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1)[0],
+        graph.add("EmptyLatentImage", width=WIDTH, height=HEIGHT, batch_size=1)[0],
         add_noise="enable",
         noise_seed=11,
         end_at_step=end_at_step,

@@ -12,13 +12,15 @@ import torch
 from graphs import (
     CLIP_FILE,
     FRAMES,
-    SIZE,
+    HEIGHT,
+    WIDTH,
     Graph,
     Node,
     checkpoint,
     inflate,
     invert,
     load_video,
+    random_latent,
     sample,
     text,
     text_to_image,
@@ -159,7 +161,7 @@ class Inputs:
         self.latent = self.random_latent()
 
     def random_latent(self, frames=FRAMES, channels=4, broken=0):
-        return self.graph.add("ProbeLatent", frames=frames, channels=channels, size=SIZE // 8, seed=1, broken=broken)[0]
+        return random_latent(self.graph, frames, seed=1, channels=channels, broken=broken)
 
     def conditioning(self, entries=1, batch=1, width=768):
         return self.graph.add("ProbeConditioning", entries=entries, batch=batch, width=width, pooled=0)[0]
@@ -201,7 +203,7 @@ def test_latent_of_another_family(server, kind):
 @pytest.mark.parametrize("kind", MODEL_NODES)
 def test_latent_of_a_video_model(server, kind):
     inputs = Inputs()
-    latent = inputs.graph.add("EmptyHunyuanLatentVideo", width=SIZE, height=SIZE, length=5, batch_size=1)[0]
+    latent = inputs.graph.add("EmptyHunyuanLatentVideo", width=WIDTH, height=HEIGHT, length=5, batch_size=1)[0]
     assert_refused(server, inputs.graph, inputs.node(kind, latent=latent), r"latent: .*VAE")
 
 

@@ -6,7 +6,19 @@ import json
 
 import pytest
 import torch
-from graphs import EDIT_PROMPT, FRAMES, SIZE, Graph, checkpoint, inflate, ksampler, relative_error, sample, text
+from graphs import (
+    EDIT_PROMPT,
+    FRAMES,
+    Graph,
+    checkpoint,
+    inflate,
+    ksampler,
+    random_hints,
+    random_latent,
+    relative_error,
+    sample,
+    text,
+)
 
 pytestmark = [pytest.mark.host, pytest.mark.shared]
 
@@ -25,7 +37,7 @@ class Scene:
         self.control_net = self.graph.add("ControlNetLoader", control_net_name="control.safetensors")[0]
 
     def hints(self, first=0, count=FRAMES):
-        return self.graph.add("ProbeHints", count=count, size=SIZE, seed=3, first=first)[0]
+        return random_hints(self.graph, count, first=first)
 
     def apply(self, hints, strength=1.0):
         """The stock node's two outputs: positive and negative."""
@@ -43,7 +55,7 @@ class Scene:
 
     def same_latent(self, frames=FRAMES):
         """One random latent, repeated for every frame, so that frames differ by their hints alone."""
-        one = self.graph.add("ProbeLatent", frames=1, channels=4, size=SIZE // 8, seed=4, broken=0)[0]
+        one = random_latent(self.graph, 1)
         return self.graph.add("RepeatLatentBatch", samples=one, amount=frames)[0]
 
     def recorded(self, model, name):

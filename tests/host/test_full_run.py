@@ -9,9 +9,10 @@ from graphs import (
     CLIP_FILE,
     EDIT_PROMPT,
     FRAMES,
-    SIZE,
+    HEIGHT,
     SOURCE_PROMPT,
     STEPS,
+    WIDTH,
     Graph,
     checkpoint,
     inflate,
@@ -64,7 +65,7 @@ def saved_video(server, result, node):
     """The saved file. The node must show a playing preview: for a gif it is a temporary mp4."""
     shown = server.saved_file(result, node, "images")
     assert result.outputs[node.id]["animated"] == [True]
-    assert decode(shown)[0].shape == (FRAMES, SIZE, SIZE, 3)
+    assert decode(shown)[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
     return server.saved_file(result, node, "gifs") if "gifs" in result.outputs[node.id] else shown
 
 
@@ -90,7 +91,7 @@ def test_two_edits_from_one_tuning(server, exercised):
 
     for result, saved in ((first, nodes["save"]), (second, second_nodes["save"])):
         frames, fps = decode(saved_video(server, result, saved))
-        assert frames.shape == (FRAMES, SIZE, SIZE, 3)
+        assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
         assert fps == pytest.approx(expected_fps(server), abs=0.01)
     stills = [
         np.asarray(Image.open(server.saved_file(result, still, "images")), np.float32)
@@ -112,5 +113,5 @@ def test_other_containers(server, container):
     path = saved_video(server, server.run(graph.nodes).raise_for_error(), saved)
     frames, fps = decode(path)
     assert path.suffix == f".{container}"
-    assert frames.shape == (FRAMES, SIZE, SIZE, 3)
+    assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert fps == pytest.approx(10, abs=0.1)

@@ -7,8 +7,9 @@ import torch
 from graphs import (
     EDIT_PROMPT,
     FRAMES,
-    SIZE,
+    HEIGHT,
     SOURCE_PROMPT,
+    WIDTH,
     Graph,
     checkpoint,
     clip_latent,
@@ -52,7 +53,7 @@ def test_loaded_in_a_fresh_process(server, exercised):
         metadata = file.metadata()
     assert (metadata["base_family"], metadata["prediction_type"]) == ("SD1", "epsilon")
     assert (metadata["prompt"], metadata["frame_count"]) == (SOURCE_PROMPT, str(FRAMES))
-    assert (metadata["width"], metadata["height"]) == (str(SIZE), str(SIZE))
+    assert (metadata["width"], metadata["height"]) == (str(WIDTH), str(HEIGHT))
     assert (metadata["steps"], metadata["seed"]) == ("3", "31")
 
     name = path.relative_to(server.models_folder("tav")).as_posix()

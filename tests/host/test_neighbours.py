@@ -11,7 +11,22 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 import torch
-from graphs import CLIP_FILE, FRAMES, PACK, SIZE, Edit, Graph, inflate, invert, relative_error, text, tune
+from graphs import (
+    CLIP_FILE,
+    FRAMES,
+    HEIGHT,
+    PACK,
+    WIDTH,
+    Edit,
+    Graph,
+    inflate,
+    invert,
+    random_hints,
+    random_latent,
+    relative_error,
+    text,
+    tune,
+)
 from host_server import HostServer
 
 pytestmark = [pytest.mark.host, pytest.mark.shared]
@@ -74,7 +89,7 @@ class Held:
         self.net = self.edit.graph.add("ControlNetLoader", control_net_name="control.safetensors")[0]
 
     def hints(self, seed=3):
-        return self.edit.graph.add("ProbeHints", count=FRAMES, size=SIZE, seed=seed, first=0)[0]
+        return random_hints(self.edit.graph, seed=seed)
 
     def apply(self, conds=None, net=None, hints=None, strength=1.0, start_percent=0.0, end_percent=1.0):
         positive, negative = conds or (self.edit.positive, self.edit.negative)
@@ -231,7 +246,7 @@ def test_torch_compile(server, motion_file):
     """A compiled UNet gives what the plain one gives. With the smallest UNet: compiling takes the time."""
     edit = Edit(motion_file)
     # Frames that have little in common, so that it shows whether they look at each other.
-    edit.latent = edit.graph.add("ProbeLatent", frames=FRAMES, channels=4, size=SIZE // 8, seed=4, broken=0)[0]
+    edit.latent = random_latent(edit.graph)
     unet = edit.graph.add("UNETLoader", unet_name="sd1-shallow.safetensors", weight_dtype="default")[0]
     model = inflate(edit.graph, unet)
     compiled = edit.graph.add("TorchCompileModel", model=model, backend="inductor")[0]
@@ -315,8 +330,8 @@ def test_prompt_scheduling(server, motion_file):
 
 def half_mask(graph):
     """The left half of the picture."""
-    black = graph.add("SolidMask", value=0.0, width=SIZE, height=SIZE)[0]
-    white = graph.add("SolidMask", value=1.0, width=SIZE // 2, height=SIZE)[0]
+    black = graph.add("SolidMask", value=0.0, width=WIDTH, height=HEIGHT)[0]
+    white = graph.add("SolidMask", value=1.0, width=WIDTH // 2, height=HEIGHT)[0]
     return graph.add("MaskComposite", destination=black, source=white, x=0, y=0, operation="add")[0]
 
 
@@ -329,14 +344,14 @@ def test_area_and_mask_conditioning(server, motion_file):
     def masked(mask):
         return graph.add("ConditioningSetMask", conditioning=other, mask=mask, strength=1.0, set_cond_area="default")[0]
 
-    # 64 pixels are the smallest area there is: half of a wider picture.
-    wide = graph.add("EmptyLatentImage", width=2 * SIZE, height=SIZE, batch_size=FRAMES)[0]
-    noise = graph.add("ProbeLatent", frames=FRAMES, channels=4, size=SIZE // 8, seed=3, broken=0)[0]
+    # 64 pixels and more: smaller areas there are not: half of a wider picture.
+    wide = graph.add("EmptyLatentImage", width=2 * WIDTH, height=HEIGHT, batch_size=FRAMES)[0]
+    noise = random_latent(graph, seed=3)
     wide = graph.add("LatentComposite", samples_to=wide, samples_from=noise, x=0, y=0, feather=0)[0]
     area = graph.add(
-        "ConditioningSetArea", conditioning=other, width=SIZE, height=SIZE, x=SIZE, y=0, strength=1.0
+        "ConditioningSetArea", conditioning=other, width=WIDTH, height=HEIGHT, x=WIDTH, y=0, strength=1.0
     )[0]  # fmt: skip
-    everything = graph.add("SolidMask", value=1.0, width=SIZE, height=SIZE)[0]
+    everything = graph.add("SolidMask", value=1.0, width=WIDTH, height=HEIGHT)[0]
 
     plain, alone, half, whole = server.latents(
         graph,
@@ -353,7 +368,7 @@ def test_area_and_mask_conditioning(server, motion_file):
     without, with_area = server.latents(
         graph, edit.video(edit.model), edit.video(edit.model, combined(graph, edit.positive, area))
     )
-    left, right = (slice(0, SIZE // 8), slice(SIZE // 8, None))
+    left, right = (slice(0, WIDTH // 8), slice(WIDTH // 8, None))
     change = (with_area - without).abs()
     assert torch.isfinite(with_area).all()
     assert change[..., right].mean() > 2 * change[..., left].mean()
@@ -376,7 +391,7 @@ def test_noise_mask(server, motion_file):
         edit.latent = masked
         latents.append(edit.video(edit.model))
     original, after, before = server.latents(graph, clip, *latents)
-    half = SIZE // 16
+    half = WIDTH // 16
     assert torch.equal(after, before)
     assert relative_error(after[..., half:], original[..., half:]) < 1e-5
     assert_an_effect(after[..., :half], original[..., :half])
@@ -391,11 +406,11 @@ def test_core_load_video(server, motion_file):
     loaded = graph.add("LoadVideo", file=CLIP_FILE)
     parts = graph.add("GetVideoComponents", video=loaded[0])
     ours = graph.add(
-        "TAV_LoadVideo", file=CLIP_FILE, start=0.0, start_unit="frames", frame_count=FRAMES, frame_step=1, width=SIZE,
-        height=SIZE, resize="crop to fill",
+        "TAV_LoadVideo", file=CLIP_FILE, start=0.0, start_unit="frames", frame_count=FRAMES, frame_step=1, width=WIDTH,
+        height=HEIGHT, resize="crop to fill",
     )[0]  # fmt: skip
     few = graph.add("ImageFromBatch", image=parts[0], batch_index=0, length=FRAMES)[0]
-    small = graph.add("ImageScale", image=few, upscale_method="area", width=SIZE, height=SIZE, crop="center")[0]
+    small = graph.add("ImageScale", image=few, upscale_method="area", width=WIDTH, height=HEIGHT, crop="center")[0]
     vae = graph.add("CheckpointLoaderSimple", ckpt_name="tiny-sd1.safetensors")[2]
     theirs, own = server.latents(
         graph, graph.add("VAEEncode", pixels=small, vae=vae)[0], graph.add("VAEEncode", pixels=ours, vae=vae)[0]

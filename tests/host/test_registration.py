@@ -57,7 +57,7 @@ def test_core_video_nodes_keep_their_names(object_info):
 
 
 def test_no_pack_failed_to_import(server):
-    assert "IMPORT FAILED" not in server.log()
+    assert "(IMPORT FAILED)" not in server.log()  # without brackets: parts of the host itself
 
 
 @pytest.mark.parametrize("language", ["ko", "zh", "ja"])

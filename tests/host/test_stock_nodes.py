@@ -12,8 +12,9 @@ from graphs import (
     CLIP_FILE,
     EDIT_PROMPT,
     FRAMES,
-    SIZE,
+    HEIGHT,
     STEPS,
+    WIDTH,
     Edit,
     Graph,
     checkpoint,
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.host, pytest.mark.shared]
 def test_ksampler_on_the_tuned_model(server, motion_file):
     edit = Edit(motion_file)
     graph = edit.graph
-    frames = graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=FRAMES)[0]
+    frames = graph.add("EmptyLatentImage", width=WIDTH, height=HEIGHT, batch_size=FRAMES)[0]
 
     def ksampler(model):
         return graph.add(
@@ -48,7 +49,7 @@ def test_ksampler_on_the_tuned_model(server, motion_file):
         )[0]
 
     tuned, plain = server.latents(graph, ksampler(edit.model), ksampler(edit.loaded.model))
-    assert tuned.shape == (FRAMES, 4, SIZE // 8, SIZE // 8)
+    assert tuned.shape == (FRAMES, 4, HEIGHT // 8, WIDTH // 8)
     assert torch.isfinite(tuned).all()
     assert relative_error(tuned, plain) > 1e-3
 
@@ -114,7 +115,7 @@ def test_vae_encode_and_decode_keep_frames_in_order(server):
     whole, there_and_back, last_alone = server.latents(
         graph, latent, again, graph.add("VAEEncode", pixels=last, vae=loaded.vae)[0]
     )
-    assert whole.shape == (FRAMES, 4, SIZE // 8, SIZE // 8)
+    assert whole.shape == (FRAMES, 4, HEIGHT // 8, WIDTH // 8)
     assert relative_error(there_and_back, whole) < 0.2
     assert relative_error(whole[-1:], last_alone) < 1e-5
     assert relative_error(whole[:1], last_alone) > 1e-2
@@ -147,7 +148,7 @@ def test_core_video_nodes(server):
     for node in (core, ours, copied):
         path = server.saved_file(result, node, "images")
         picture, sound = streams(path)
-        assert f"{SIZE}x{SIZE}" in picture and "h264" in picture
+        assert f"{WIDTH}x{HEIGHT}" in picture and "h264" in picture
         assert "Audio: aac" in sound
         frames, seconds = imageio_ffmpeg.count_frames_and_secs(path)
         assert frames == 20

@@ -18,12 +18,20 @@ class ProbeHints:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"count": ("INT",), "size": ("INT",), "seed": ("INT",), "first": ("INT", {"default": 0})}}
+        return {
+            "required": {
+                "count": ("INT",),
+                "width": ("INT",),
+                "height": ("INT",),
+                "seed": ("INT",),
+                "first": ("INT", {"default": 0}),
+            }
+        }
 
-    def run(self, count, size, seed, first):
+    def run(self, count, width, height, seed, first):
         """Hint i of seed s is the same whichever others are asked for."""
         hints = [
-            torch.rand(size, size, 3, generator=torch.Generator().manual_seed(1000 * seed + i))
+            torch.rand(height, width, 3, generator=torch.Generator().manual_seed(1000 * seed + i))
             for i in range(first, first + count)
         ]
         return (torch.stack(hints),)
@@ -179,15 +187,16 @@ class ProbeLatent:
             "required": {
                 "frames": ("INT",),
                 "channels": ("INT",),
-                "size": ("INT",),
+                "width": ("INT",),
+                "height": ("INT",),
                 "seed": ("INT",),
                 "broken": ("INT",),
             }
         }
 
-    def run(self, frames, channels, size, seed, broken):
+    def run(self, frames, channels, width, height, seed, broken):
         generator = torch.Generator().manual_seed(seed)
-        samples = torch.randn(frames, channels, size, size, generator=generator) * 5
+        samples = torch.randn(frames, channels, height, width, generator=generator) * 5
         samples.view(-1)[:broken] = float("nan")
         return ({"samples": samples},)
 

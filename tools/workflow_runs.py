@@ -1,0 +1,159 @@
+"""Runs of the workflows on a real ComfyUI with the demo's model and clip in place of a checkpoint and a film.
+
+    python tools/workflow_runs.py [--comfyui PATH] [--to FOLDER] [NAME ...]
+
+Prints the seconds of each and writes FOLDER/NAME.jpg, its videos frame by frame, for docs/workflows.md. Those that
+need a LoRA, a ControlNet or a T2I-Adapter are left out: there are none for this model (tests/host runs them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import engine
+from host_server import HostServer
+
+import workflows
+
+sys.path.insert(0, str(engine.PACK_ROOT / "demo"))
+
+SOURCE = workflows.DRAWN.prompt
+SIDE, FILMED = 64, 512
+STEPS = {"TAV_OneShotTune": 120, "TAV_DDIMInvert": 20, "TAV_Sample": 20}
+LEARNING_RATE = 3e-4
+# Guidance 12.5 of Stable Diffusion does to its pictures what 5 does to this model's.
+GUIDANCE = 0.4
+WINDOW = {"length": 4, "context_length": 4, "context_overlap": 1}
+# What the demo's model knows, in place of a workflow's own sentences.
+SENTENCES = {
+    "tune-a-video-quick-start": {"edit prompt": "a blue star on the sand, painting style"},
+    "tune-a-video-object-edit": {"edit prompt": "a blue circle on the sand, painting style"},
+    "tune-a-video-background-change": {
+        "edit prompt 1": "a blue heart on the grass, painting style",
+        "edit prompt 2": "a blue heart on the snow, painting style",
+    },
+    "tune-a-video-style-transfer": {
+        "edit prompt 1": "a blue heart on the sand, pencil style",
+        "edit prompt 2": "a purple heart on the sand, pencil style",
+    },
+    "tune-a-video-add-remove-object": {
+        "edit prompt, add": "a blue heart and a red circle on the sand, painting style",
+        "edit prompt, remove": "the sand, painting style",
+        "negative prompt, remove": "a blue heart",
+    },
+    "tune-a-video-many-prompts": {
+        "edit prompt 1": "a blue star on the sand, painting style",
+        "edit prompt 2": "a purple heart on the sand, painting style",
+        "edit prompt 3": "a blue heart on the night sky, painting style",
+        "edit prompt 4": "a blue heart on the sand, pencil style",
+    },
+    "tune-a-video-saved-motion": {"edit prompt": "a blue cross on the sand, painting style"},
+    "tune-a-video-masked-edit": {"edit prompt": "a purple heart on the snow, painting style"},
+    "tune-a-video-long-clip": {"edit prompt": "a blue heart on the grass, painting style"},
+    "tune-a-video-compare": {
+        "edit prompt, guidance 7.5": "a blue star on the sand, painting style",
+        "edit prompt, guidance 12.5": "a blue star on the sand, painting style",
+    },
+    "tune-a-video-demo-model": {},
+}
+Graph = dict[str, dict[str, Any]]
+
+
+def fitted(name: str, motion: str | None) -> Graph:
+    """A workflow's graph for scripts, for the demo's model; ``motion``: the file that Load Motion takes."""
+    graph: Graph = json.loads((workflows.API_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    # There is no such CLIP for this model; Evaluate Video goes without.
+    gone = [key for key, node in graph.items() if node["class_type"] in ("CLIPVisionLoader", "CLIPLoader")]
+    for key in gone:
+        del graph[key]
+    for node in graph.values():
+        node["inputs"] = {
+            key: value for key, value in node["inputs"].items() if not (isinstance(value, list) and value[0] in gone)
+        }
+        _fit(node, {"source prompt": SOURCE, **SENTENCES[name]}, motion)
+    return graph
+
+
+def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) -> None:
+    kind, inputs = node["class_type"], node["inputs"]
+    if kind == "CheckpointLoaderSimple":
+        node.update(class_type="TAV_LoadDemoModel", inputs={})
+    elif kind == "CLIPTextEncode":
+        inputs["text"] = sentences.get(node["_meta"]["title"], inputs["text"])
+    elif kind == "TAV_LoadMotion":
+        inputs["file"] = motion
+    elif kind == "TAV_LoadVideo":
+        inputs.update(file=workflows.DRAWN.file, frame_count=0, frame_step=1, width=SIDE, height=SIDE)
+    elif kind in ("SolidMask", "MaskComposite"):
+        for key in inputs.keys() & {"width", "height", "x", "y"}:
+            inputs[key] = inputs[key] * SIDE // FILMED
+    elif kind == "ImageBlur":
+        inputs.update(blur_radius=2, sigma=1.0)
+    inputs.update({key: value for key, value in WINDOW.items() if key in inputs})
+    if kind in STEPS:
+        inputs["steps"] = STEPS[kind]
+    if "learning_rate" in inputs:
+        inputs["learning_rate"] = LEARNING_RATE
+    if inputs.get("guidance", 0) > 5:
+        inputs["guidance"] *= GUIDANCE
+
+
+def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> Any:
+    """The source and every video that was saved, frame by frame, as a picture."""
+    from PIL import Image
+    from tune_a_video.tav_core import pictures, video
+
+    def frames(path: Path) -> Any:
+        return video.load_clip(path, frame_count=0, resize="keep").images
+
+    captions = (text for title, text in SENTENCES[name].items() if title.startswith("edit"))
+    rows = [(SOURCE, frames(server.input_folder / workflows.DRAWN.file))]
+    for key, node in graph.items():
+        if node["class_type"] != "TAV_SaveVideo" or _joined(graph, node):
+            continue
+        (saved,) = outputs[key]["images"]
+        path = server.output_folder / saved["subfolder"] / saved["filename"]
+        rows.append((next(captions, path.stem), frames(path)))
+    array = pictures.contact_sheet(rows, side=96)[0].mul(255).round().byte().numpy()
+    return Image.fromarray(array)
+
+
+def _joined(graph: Graph, node: dict[str, Any]) -> bool:
+    """Whether a video is others side by side, each of which is in the sheet already."""
+    source = graph[node["inputs"]["images"][0]]
+    return node["_meta"]["title"] == "side by side" and source["class_type"] == "TAV_CompareVideos"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(SENTENCES), metavar="NAME")
+    parser.add_argument("--comfyui")
+    parser.add_argument("--to", type=Path, default=engine.PACK_ROOT / "docs" / "workflows")
+    options = parser.parse_args()
+    comfyui = engine.find_comfyui(options.comfyui)
+    if comfyui is None:
+        parser.error("a ComfyUI is needed: --comfyui PATH")
+    engine.load_engine(comfyui)
+    engine.load_pack()
+    options.to.mkdir(parents=True, exist_ok=True)
+    motion = None
+    with tempfile.TemporaryDirectory() as folder, HostServer(comfyui, Path(folder), {"t": engine.PACK_ROOT}) as server:
+        shutil.copy(engine.PACK_ROOT / "demo" / workflows.DRAWN.file, server.input_folder)
+        for name in options.names:
+            graph = fitted(name, motion)
+            result = server.run(graph).raise_for_error()
+            sheet(server, name, graph, result.outputs).save(options.to / f"{name}.jpg", quality=85)
+            print(f"{name}: {result.seconds:.0f} s", flush=True)
+            saved = sorted(path.name for path in server.models_folder("tav").glob("*.safetensors"))
+            motion = motion or next(iter(saved), None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
