@@ -53,6 +53,18 @@ def test_looking_changes_nothing(precision: torch.dtype | None) -> None:
     assert_same(looked, tune(5, precision=precision))
 
 
+def test_a_preview_that_there_is_no_memory_for_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def scarce(*_: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    assert_same(tune(5, on_preview=scarce, preview_every=2), tune(5))
+    assert [record.message for record in caplog.records if "no memory for a preview" in record.message] == [
+        f"Tune-A-Video: no memory for a preview after step {done}; tuning goes on" for done in (2, 4)
+    ]
+    with pytest.raises(RuntimeError, match="^another error$"):
+        tune(5, on_preview=lambda *_: (_ for _ in ()).throw(RuntimeError("another error")), preview_every=2)
+
+
 def test_looking_does_not_disturb_a_run_that_goes_on(tmp_path: Path) -> None:
     def cancel(done: int, clip: Tensor, made: Tensor) -> None:
         raise InterruptedError
