@@ -34,6 +34,8 @@ STAND_INS = {
     "tav": (workflows.MOTION,),
 }
 SECONDS = 600
+# What lies over the graph, or is of no interest, in pictures that are kept.
+UNSEEN = ".minimap-main-container, .workflow-tabs-container { display: none !important }"
 # The page asks for a help page in its language first, and takes the plain one where there is none.
 EXPECTED = re.compile(r"^404 \S+/docs/TAV_\w+/[\w-]+\.md$")
 
@@ -92,6 +94,7 @@ def shot(page: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
     def take(name: str) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            page.add_style_tag(content=UNSEEN)
             page.screenshot(path=folder / f"{name}.jpg", type="jpeg", quality=80, timeout=browser.TIMEOUT)
 
     return take
@@ -159,14 +162,16 @@ def test_the_demo_graph_runs_and_shows_what_it_does(
 ) -> None:
     load_demo(page)
     pretty = pytestconfig.option.screens is not None
-    if not pretty:
+    if pretty:
+        set_widgets(page, {"preview_every": 10}, "TAV_OneShotTune")
+    else:
         set_widgets(page, {"steps": 4})
         set_widgets(page, {"steps": 12, "preview_every": 5}, "TAV_OneShotTune")
     tune, sample = node_id(page, "TAV_OneShotTune"), node_id(page, "TAV_Sample")
     run(page)
     # The first pictures are the curve alone, then come the frames below it: pictures that take turns.
     moving = "([id, count]) => new Set(tav.previews.filter(([n]) => n === id).map(([, sum]) => sum)).size >= count"
-    wait_until(page, moving, [tune, 4 if pretty else 3])
+    wait_until(page, moving, [tune, 20 if pretty else 3])
     page.wait_for_timeout(2000 if pretty else 0)
     shot("tuning")
     wait_until(page, moving, [sample, 4])
