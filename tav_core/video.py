@@ -354,7 +354,8 @@ def _frame_rate(stream: str, times: Sequence[float]) -> float:
     if rate.is_integer():
         return rate or measured
     ntsc = round(rate * 1.001) * 1000 / 1001
-    return next((round(finer, 6) for finer in (ntsc, measured) if finer and abs(finer - rate) < 0.006), rate)
+    finer = (round(each, 6) for each in (ntsc, measured))
+    return next((each for each in finer if each and abs(each - rate) < 0.006), rate)
 
 
 def read_frames(

@@ -335,6 +335,21 @@ def test_frame_rate(tmp_path: Path, rate: str, extension: str) -> None:
     assert info.fps == pytest.approx(float(Fraction(rate)), rel=1e-6 if extension == "mp4" else 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("printed", "times", "rate"),
+    [
+        ("25 fps", [0.0, 0.04], 25.0),
+        ("29.97 fps", [0.0, 0.033367], 30000 / 1001),
+        ("0 fps", [0.0, 4e6], 2.5e-7),
+        ("0.0001 fps", [0.0, 1e8], 0.0001),
+        ("nothing", [0.0, 0.5, 1.0], 2.0),
+        ("nothing", [0.0], 1.0),
+    ],
+)
+def test_a_rate_is_never_nothing(printed: str, times: list[float], rate: float) -> None:
+    assert video._frame_rate(printed, times) == pytest.approx(rate, rel=1e-4)
+
+
 def test_a_frame_may_last_minutes(tmp_path: Path) -> None:
     clip = video.load_clip(make_clip(tmp_path / "a.mp4", count=3, fps="1/300"), 500.0, "seconds", 0, resize="keep")
     assert numbers(clip.images) == [2]

@@ -21,8 +21,6 @@ from host_server import HostServer
 
 import workflows
 
-sys.path.insert(0, str(engine.PACK_ROOT / "demo"))
-
 SOURCE = workflows.DRAWN.prompt
 SIDE, FILMED = 64, 512
 STEPS = {"TAV_OneShotTune": 120, "TAV_DDIMInvert": 20, "TAV_Sample": 20}
