@@ -23,8 +23,8 @@ import workflows
 
 SOURCE = workflows.DRAWN.prompt
 SIDE, FILMED = 64, 512
-STEPS = {"TAV_OneShotTune": 120, "TAV_DDIMInvert": 20, "TAV_Sample": 20}
-LEARNING_RATE = 3e-4
+# Its values of these suit the demo's model.
+DEMO, ITS_OWN = "tune-a-video-demo-model", ("steps", "learning_rate")
 # Guidance 12.5 of Stable Diffusion does to its pictures what 5 does to this model's.
 GUIDANCE = 0.4
 WINDOW = {"length": 4, "context_length": 4, "context_overlap": 1}
@@ -58,14 +58,21 @@ SENTENCES = {
         "edit prompt, guidance 7.5": "a blue star on the sand, painting style",
         "edit prompt, guidance 12.5": "a blue star on the sand, painting style",
     },
-    "tune-a-video-demo-model": {},
+    DEMO: {},
 }
 Graph = dict[str, dict[str, Any]]
 
 
-def fitted(name: str, motion: str | None) -> Graph:
-    """A workflow's graph for scripts, for the demo's model; ``motion``: the file that Load Motion takes."""
+def read(name: str) -> Graph:
+    """A workflow's graph for scripts."""
     graph: Graph = json.loads((workflows.API_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return graph
+
+
+def fitted(name: str, motion: str | None) -> Graph:
+    """A workflow's graph for the demo's model; ``motion``: the file that Load Motion takes."""
+    graph = read(name)
+    demo = {node["class_type"]: node["inputs"] for node in read(DEMO).values()}
     # There is no such CLIP for this model; Evaluate Video goes without.
     gone = [key for key, node in graph.items() if node["class_type"] in ("CLIPVisionLoader", "CLIPLoader")]
     for key in gone:
@@ -75,6 +82,7 @@ def fitted(name: str, motion: str | None) -> Graph:
             key: value for key, value in node["inputs"].items() if not (isinstance(value, list) and value[0] in gone)
         }
         _fit(node, {"source prompt": SOURCE, **SENTENCES[name]}, motion)
+        node["inputs"].update({key: demo[node["class_type"]][key] for key in ITS_OWN if key in node["inputs"]})
     return graph
 
 
@@ -94,10 +102,6 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
     elif kind == "ImageBlur":
         inputs.update(blur_radius=2, sigma=1.0)
     inputs.update({key: value for key, value in WINDOW.items() if key in inputs})
-    if kind in STEPS:
-        inputs["steps"] = STEPS[kind]
-    if "learning_rate" in inputs:
-        inputs["learning_rate"] = LEARNING_RATE
     if inputs.get("guidance", 0) > 5:
         inputs["guidance"] *= GUIDANCE
 
