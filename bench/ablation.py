@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import study
-import tiny_sd
 import torch
 from clips import CLIPS, Clip, edits
 from PIL import Image
 from torch import Tensor
-from tune_a_video.tav_core import pictures
+from tune_a_video.tav_core.media import pictures
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
 # Better when larger, or when smaller; what decides is marked with what the paper says of it.
 MEASURES = {

@@ -8,7 +8,9 @@ from typing import Any
 import comfy.clip_vision
 import comfy.sd
 import torch
-from tune_a_video.tav_core import host, metrics, video
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.evaluation import metrics
+from tune_a_video.tav_core.media import video
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from unittest import mock
 import torch
 from allocations import Allocations
 from steps import DTYPES, conditioning
-from tune_a_video.tav_core import attention, host, memory, tune
+from tune_a_video.tav_core import attention, host
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning import memory_plan as memory
+from tune_a_video.tav_core.tuning import trainer as tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 

@@ -6,16 +6,17 @@ import argparse
 from typing import Any
 
 import study
-import tiny_sd
 import torch
 from clips import CLIPS, edits
 from torch import Tensor
-from tune_a_video.tav_core import host, low_rank, schedule
+from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.motion import low_rank
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
 SHOWN = ("attributes", "edit right", "trajectory", "motion alignment", "frame consistency")
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation, initial_temporal
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

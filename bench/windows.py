@@ -11,8 +11,8 @@ from allocations import Allocations
 from steps import DTYPES, GUIDANCE, conditioning
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation, initial_temporal
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.weights import Motion
 from unets import UNETS, build_model
 
 STEPS = 2

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS_FOLDER = ROOT / "tav_core" / "tiny_sd" / "weights"
 sys.path.append(str(ROOT / "tools"))
 
 import engine  # noqa: E402
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--start", type=Path, help="finished weights to go on from; --seed then counts the cycle")
     train.add_argument("--device", default="cuda" if _has_cuda() else "cpu")
     train.add_argument("--threads", type=int, default=os.cpu_count())
-    train.add_argument("--to", type=Path, default=ROOT / "demo" / "model", help="folder for the weights")
+    train.add_argument("--to", type=Path, default=WEIGHTS_FOLDER, help="folder for the weights")
     train.add_argument("--scratch", type=Path, default=ROOT / "demo-training", help="folder for checkpoints")
     check = commands.add_parser("check", help="judge what the demo's model draws")
     check.add_argument("--count", type=int, default=200)
@@ -97,7 +98,7 @@ def check(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     """Judge what the demo's model draws; see stills.py."""
     print(f"Drawing on {engine.load_engine(comfyui)}.", flush=True)
     import stills
-    import tiny_sd
+    from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
     for name, share in stills.check(tiny_sd.WEIGHTS, arguments.count, arguments.seed, arguments.to).items():
         print(f"{name:>12}  {share:.1%} right")
@@ -109,10 +110,10 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     started = time.monotonic()
     host = engine.load_engine(comfyui)
     import job
-    import tiny_sd
     import torch
     from PIL import Image
-    from tune_a_video.tav_core import pictures, video
+    from tune_a_video.tav_core.media import pictures, video
+    from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
     output: Path = arguments.output
     made_from = job.fingerprint(tiny_sd.WEIGHTS)

@@ -12,7 +12,7 @@ import torch
 from clips import CLIPS, FPS, Edit, edits
 from study import Settings, measure
 from torch import Tensor
-from tune_a_video.tav_core import video
+from tune_a_video.tav_core.media import video
 
 CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
 EDITS = edits(CLIP)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import tiny_sd
 import torch
 from clips import FPS
 from job import CLIP, EDITS, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file, enlarged
 from PIL import Image
 from progress import Bar
 from sprites import SIZE
-from tune_a_video.tav_core import host, pictures, schedule, video, weights
+from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.media import pictures, video
+from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
 EXERCISED = "NOT exercised: ComfyUI's server and the nodes. The engine from PyPI has neither."
 

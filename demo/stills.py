@@ -10,11 +10,11 @@ import checker
 import comfy.sample
 import numpy as np
 import sprites
-import tiny_sd
 import torch
 from PIL import Image
 from sprites import Scene
 from torch import Tensor
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
 STEPS = 25
 GUIDANCE = 5.0

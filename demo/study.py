@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import checker
 import numpy as np
 import sprites
-import tiny_sd
 import torch
 from clips import Clip, Edit
 from sprites import Scene
 from torch import Tensor
-from tune_a_video.tav_core import host, metrics, schedule
+from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core.evaluation import metrics
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
 # A sprite that is not there is as far away as one in the middle would be from the border.
 _MISSING = sprites.SIZE / 2

@@ -1,4 +1,4 @@
-"""python demo train: draws the demo's world, trains the tiny Stable Diffusion on it and writes demo/model/."""
+"""python demo train: draws the demo's world, trains the tiny Stable Diffusion on it and writes its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import numpy as np
 import sprites
-import tiny_sd
 import tokens
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
 # Scenes that are drawn once and seen again and again, each time with another noise.
 _SCENES = 24_000

@@ -2,11 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..demo.loader import LoadDemoModel
-from .addresses import register
+from .demo_model import LoadDemoModel
 from .evaluate import CompareVideos, EvaluateVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
+from .support.routes import register
 from .tune import InflateUNet, OneShotTune
 from .video import LoadVideo, SaveVideo
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..tav_core import host, metrics, pictures
-from .memory import memory_explained
-from .preview import FRAMES_PER_SECOND, temporary_video
-from .types import CATEGORY, search_aliases
+from ..tav_core import host
+from ..tav_core.evaluation import metrics
+from ..tav_core.media import pictures
+from .support.memory import memory_explained
+from .support.preview import FRAMES_PER_SECOND, temporary_video
+from .support.types import CATEGORY, search_aliases
 
 REMEDY = "Compare fewer frames, or make them smaller."
 

@@ -8,12 +8,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..tav_core.low_rank import KEPT_KEY, compress, expand
-from ..tav_core.weights import Motion, load_motion, save_motion
-from .limits import check_limits
-from .memory import memory_explained
-from .paths import LONGEST_NAME, check_room, check_target, disk_explained, next_name
-from .types import CATEGORY, MotionType, search_aliases
+from ..tav_core.motion.file import Motion, load_motion, save_motion
+from ..tav_core.motion.low_rank import KEPT_KEY, compress, expand
+from .support.limits import check_limits
+from .support.memory import memory_explained
+from .support.paths import LONGEST_NAME, check_room, check_target, disk_explained, next_name
+from .support.types import CATEGORY, MotionType, search_aliases
 
 FOLDER = "tav"
 _PREFIX, _OPTION = "skiing", "--base-directory"

@@ -10,10 +10,10 @@ from comfy_api.latest import io
 from ..tav_core import host, schedule
 from ..tav_core.invert import ddim_invert
 from ..tav_core.sample import ddim_sample
-from .limits import check_limits
-from .memory import memory_explained
-from .preview import MovingPreview, sampling_callback
-from .types import CATEGORY, search_aliases
+from .support.limits import check_limits
+from .support.memory import memory_explained
+from .support.preview import MovingPreview, sampling_callback
+from .support.types import CATEGORY, search_aliases
 
 LAST_STEPS = ("clip noise level", "zero")
 # Kept in the LATENT beside the inverted samples, so that a masked edit can keep the clip outside its mask.

@@ -11,21 +11,22 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tav_core import host, pictures
+from ..tav_core import host
 from ..tav_core.attention import SPATIAL_MODES
 from ..tav_core.inflate import Inflation
-from ..tav_core.low_rank import SEED_KEY
+from ..tav_core.media import pictures
+from ..tav_core.motion.file import Motion
+from ..tav_core.motion.low_rank import SEED_KEY
 from ..tav_core.out_of_memory import is_out_of_memory
-from ..tav_core.trainable import TRAIN_SCOPES
-from ..tav_core.tune import TuneSettings, one_shot_tune
-from ..tav_core.weights import Motion
-from .limits import check_limits
-from .memory import memory_explained
-from .paths import state_folder
-from .preview import LatentFrames, MovingPreview, Picture
-from .prompt import source_text
-from .stop import stoppable
-from .types import CATEGORY, MotionType, search_aliases
+from ..tav_core.tuning.trainable import TRAIN_SCOPES
+from ..tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from .support.graph import source_text
+from .support.limits import check_limits
+from .support.memory import memory_explained
+from .support.paths import state_folder
+from .support.preview import LatentFrames, MovingPreview, Picture
+from .support.stop import stoppable
+from .support.types import CATEGORY, MotionType, search_aliases
 
 GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,12 +14,12 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
-from ..tav_core import video
-from .limits import check_limits
-from .memory import memory_explained
-from .paths import check_target, disk_explained, next_name
-from .preview import temporary_video
-from .types import CATEGORY, search_aliases
+from ..tav_core.media import video
+from .support.limits import check_limits
+from .support.memory import memory_explained
+from .support.paths import check_target, disk_explained, next_name
+from .support.preview import temporary_video
+from .support.types import CATEGORY, search_aliases
 
 _PREFIX, _OPTION = "TuneAVideo/video", "--output-directory"
 

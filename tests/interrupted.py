@@ -32,7 +32,7 @@ def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
     """One run on a tiny model; a checkpoint every step, if there is a folder."""
     import torch
     from tune_a_video.tav_core import host
-    from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+    from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
     from unets import UNETS, build_model
 
     def on_step(step: int) -> None:

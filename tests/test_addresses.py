@@ -33,7 +33,8 @@ def with_server(routes: Any, ask: Callable[[Any], Awaitable[Any]]) -> Any:
 
 def test_tunings_are_stopped_over_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiohttp import web
-    from tune_a_video.nodes import addresses, stop
+    from tune_a_video.nodes.support import routes as addresses
+    from tune_a_video.nodes.support import stop
 
     routes = web.RouteTableDef()
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes)))
@@ -57,7 +58,7 @@ def test_tunings_are_stopped_over_the_server(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_files_are_found_below_a_name_with_a_space(tmp_path: Path) -> None:
     from aiohttp import web
-    from tune_a_video.nodes.addresses import add_files
+    from tune_a_video.nodes.support.routes import add_files
 
     pack = tmp_path / "my (tune) + video"
     for name in ("web/docs/a.md", "workflows/b.json", "secret.txt"):
@@ -90,7 +91,7 @@ def test_files_are_found_below_a_name_with_a_space(tmp_path: Path) -> None:
 
 def test_a_plain_name_is_left_to_the_host(tmp_path: Path) -> None:
     from aiohttp import web
-    from tune_a_video.nodes.addresses import add_files
+    from tune_a_video.nodes.support.routes import add_files
 
     routes = web.RouteTableDef()
     add_files(routes, tmp_path / "comfyui-tune-a-video")

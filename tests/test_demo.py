@@ -21,8 +21,8 @@ import checker  # noqa: E402
 import clips  # noqa: E402
 import sprites  # noqa: E402
 import study  # noqa: E402
-import tiny_sd  # noqa: E402
 import tokens  # noqa: E402
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
 
 
 def test_the_checker_knows_what_was_drawn() -> None:

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from tune_a_video.tav_core import resume, video, weights
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.motion import file as weights
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning import checkpoint as resume
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 # Noise, which no encoder makes much smaller: several megabytes.
@@ -53,8 +55,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The nodes that write, on folders of their own; ``place(folder)`` has them write elsewhere."""
     import folder_paths
-    from tune_a_video.nodes import motion, paths, tune
+    from tune_a_video.nodes import motion, tune
     from tune_a_video.nodes import video as video_nodes
+    from tune_a_video.nodes.support import paths
 
     def place(folder: Path) -> None:
         for kind in ("input", "output", "temp"):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.plateau import end_of_progress
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning.early_stop import end_of_progress
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 Result = tuple[Motion, list[float]]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host, pictures
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.media import pictures
 
 pytestmark = pytest.mark.comfyui
 

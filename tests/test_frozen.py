@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tune_a_video.tav_core.frozen import frozen_conv2d, frozen_linear, gated_gelu
+from tune_a_video.tav_core.tuning.frozen_layers import frozen_conv2d, frozen_linear, gated_gelu
 
 
 def saved_bytes(run: object) -> int:

@@ -33,7 +33,7 @@ def rows(page: Path, title: str) -> dict[str, str]:
 def literals() -> str:
     """All string literals of the pack, one a line; what an f-string puts in is a placeholder."""
     found = []
-    for path in (*(ROOT / "nodes").glob("*.py"), *(ROOT / "tav_core").glob("*.py")):
+    for path in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tav_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]

@@ -11,9 +11,9 @@ from torch import Tensor
 from tune_a_video.tav_core import host, inflate
 from tune_a_video.tav_core.attention import attend, gather_frames, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.norm import pooled_group_norm
-from tune_a_video.tav_core.trainable import in_scope
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tuning.trainable import in_scope
 from unets import UNETS, build_model
 
 SIZES = ["tiny", "tiny-v", "tiny-sdxl"]

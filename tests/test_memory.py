@@ -10,12 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tune_a_video.tav_core import host, memory
+from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.memory import LEVELS, Level, UnitCost, make_plan, peak, uniform_plan
-from tune_a_video.tav_core.trainable import TrainScope
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning import memory_plan as memory
+from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, UnitCost, make_plan, peak, uniform_plan
+from tune_a_video.tav_core.tuning.trainable import TrainScope
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 COST = st.builds(

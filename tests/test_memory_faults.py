@@ -24,13 +24,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tune_a_video.tav_core import host, low_rank, memory, out_of_memory, pictures, resume, schedule, video, weights
+from tune_a_video.tav_core import host, out_of_memory, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
+from tune_a_video.tav_core.media import pictures, video
+from tune_a_video.tav_core.motion import file as weights
+from tune_a_video.tav_core.motion import low_rank
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.out_of_memory import OutOfMemoryError, is_out_of_memory
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tuning import checkpoint as resume
+from tune_a_video.tav_core.tuning import memory_plan as memory
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 # What PyTorch, NumPy and the system really say.
@@ -167,7 +172,7 @@ def test_an_allocation_that_fails_anywhere_in_tuning(exercised: list[str]) -> No
 @pytest.mark.parametrize("sampler", [ddim_invert, ddim_sample])
 @pytest.mark.comfyui
 def test_an_allocation_that_fails_anywhere_in_sampling(sampler: Callable[..., Tensor]) -> None:
-    from tune_a_video.nodes.memory import memory_explained
+    from tune_a_video.nodes.support.memory import memory_explained
 
     explained = memory_explained("latent", "Use fewer frames.")(walk)
     model = build_model(UNETS["tiny"])
@@ -275,7 +280,7 @@ def test_no_picture_of_the_loss_does_not_end_a_tuning(
     error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tune_a_video.nodes import tune as module
-    from tune_a_video.nodes.preview import MovingPreview
+    from tune_a_video.nodes.support.preview import MovingPreview
 
     progress = module._Progress(10, MovingPreview(10), None)
     progress.step(0)
@@ -380,7 +385,7 @@ def test_a_node_without_memory_says_so(
 
 @pytest.mark.comfyui
 def test_models_are_put_aside_and_the_host_goes_on(motion: Motion, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune_a_video.nodes.memory import memory_explained
+    from tune_a_video.nodes.support.memory import memory_explained
 
     model = host.inflate_model(build_model(UNETS["tiny"]), Inflation(), motion)
     expected = walk(ddim_sample, model, LATENTS)
@@ -393,7 +398,7 @@ def test_models_are_put_aside_and_the_host_goes_on(motion: Motion, monkeypatch: 
 
 @pytest.mark.comfyui
 def test_other_errors_stay_what_they_are() -> None:
-    from tune_a_video.nodes.memory import memory_explained
+    from tune_a_video.nodes.support.memory import memory_explained
 
     for error in (
         ValueError("steps: 0"),

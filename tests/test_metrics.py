@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import metrics, pictures
+from tune_a_video.tav_core.evaluation import metrics
+from tune_a_video.tav_core.media import pictures
 
 FRAMES, SIDE = 6, 48
 

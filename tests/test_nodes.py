@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host, pictures
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.media import pictures
+from tune_a_video.tav_core.motion.file import Motion
 from unets import UNETS, build_model
 
 pytestmark = pytest.mark.comfyui
@@ -175,7 +176,7 @@ def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
 
 
 def test_the_prompt_is_looked_for_upstream() -> None:
-    from tune_a_video.nodes.prompt import source_text
+    from tune_a_video.nodes.support.graph import source_text
 
     assert source_text(PROMPT, "3", "conditioning") == "a man is skiing"
     assert source_text(PROMPT, "4", "conditioning") == ""
@@ -278,7 +279,7 @@ def test_a_conditioning_of_another_shape_is_refused(nodes: Any) -> None:
     ],
 )
 def test_names_to_save_under(tmp_path: Path, prefix: str, message: str) -> None:
-    from tune_a_video.nodes.paths import next_name
+    from tune_a_video.nodes.support.paths import next_name
 
     root, outside = tmp_path / "root", tmp_path / "outside"
     root.mkdir()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 NAN, INF = float("nan"), float("inf")

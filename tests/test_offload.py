@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tune_a_video.tav_core import adamw, host, memory
-from tune_a_video.tav_core import tune as tuning
-from tune_a_video.tav_core.adamw import AdamW
+from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning import adamw
+from tune_a_video.tav_core.tuning import memory_plan as memory
+from tune_a_video.tav_core.tuning import trainer as tuning
+from tune_a_video.tav_core.tuning.adamw import AdamW
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 Result = tuple[Motion, list[float]]

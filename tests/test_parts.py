@@ -13,7 +13,7 @@ from tune_a_video.tav_core import attention, inflate
 from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation, Layout, TemporalLayer, draw_temporal, inflated_forwards
 from tune_a_video.tav_core.norm import pooled_group_norm
-from tune_a_video.tav_core.trainable import CastingOperations
+from tune_a_video.tav_core.tuning.trainable import CastingOperations
 from unets import UNETS, build_model
 
 INNER, CHANNELS, HEADS = 8, 6, 2

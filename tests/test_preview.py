@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from tune_a_video.tav_core import pictures
+from tune_a_video.tav_core.media import pictures
 from unets import UNETS, build_model
 
 pytestmark = pytest.mark.comfyui
@@ -34,7 +34,7 @@ class Registry:
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What goes through the progress bar, and what a thread sends, within a node of the id 7."""
     import comfy.utils
-    import tune_a_video.nodes.preview as preview
+    import tune_a_video.nodes.support.preview as preview
 
     registry, bar = Registry(), []
     monkeypatch.setattr(preview, "get_progress_state", lambda: registry)
@@ -162,7 +162,7 @@ def test_the_node_shows_the_clip_as_it_is_reconstructed(
 
 
 def test_a_tuning_is_stopped_by_its_nodes_number(node: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune_a_video.nodes import stop
+    from tune_a_video.nodes.support import stop
 
     asked: list[Any] = []
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tune_a_video.tav_core import video
 from tune_a_video.tav_core.attention import SPATIAL_MODES, gather_frames, temporal_attend
-from tune_a_video.tav_core.low_rank import SEED_KEY, compress, expand
+from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.motion.file import Motion, load_motion, save_motion
+from tune_a_video.tav_core.motion.low_rank import SEED_KEY, compress, expand
 from tune_a_video.tav_core.norm import pooled_group_norm
-from tune_a_video.tav_core.weights import Motion, load_motion, save_motion
 
 # How long an example takes says more about the machine than about the code.
 patient = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

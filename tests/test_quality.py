@@ -19,7 +19,7 @@ import ablation as ablations  # noqa: E402
 import clips  # noqa: E402
 import sprites  # noqa: E402
 import study  # noqa: E402
-import tiny_sd  # noqa: E402
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
 
 CLIP = next(clip for clip in clips.CLIPS if clip.name == ablations.PICTURED)
 KIND = "object"

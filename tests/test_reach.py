@@ -16,10 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     ROOT / "__init__.py",
-    *sorted((ROOT / "tav_core").glob("*.py")),
-    *sorted((ROOT / "nodes").glob("*.py")),
-    # What the demo's node imports: it runs on the server, too.
-    *(ROOT / "demo" / name for name in ("loader.py", "tiny_sd.py", "tokens.py")),
+    *sorted((ROOT / "tav_core").rglob("*.py")),
+    *sorted((ROOT / "nodes").rglob("*.py")),
 ]
 MODULES = set(
     "_pickle aiohttp asyncio cloudpickle code codeop ctypes dill ftplib http httpx imaplib importlib joblib marshal "
@@ -28,11 +26,11 @@ MODULES = set(
 )
 ALLOWED_IMPORTS = {
     # To look whether decord, or what older hosts lack, is there, without importing it.
-    ("tav_core/video.py", "importlib.util"),
+    ("tav_core/media/video.py", "importlib.util"),
     ("__init__.py", "importlib.util"),
     # To answer requests to the host's own server, and to tell which addresses it does not find.
-    *((f"nodes/{name}.py", f"aiohttp{part}") for name in ("stop", "addresses") for part in ("", ".web")),
-    ("nodes/addresses.py", "urllib.parse"),
+    *((f"nodes/support/{name}.py", f"aiohttp{part}") for name in ("stop", "routes") for part in ("", ".web")),
+    ("nodes/support/routes.py", "urllib.parse"),
 }
 CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 ATTRIBUTES = {
@@ -41,7 +39,7 @@ ATTRIBUTES = {
 }  # fmt: skip
 STARTING = ("os.exec", "os.spawn", "os.posix_spawn")
 # Starts programs, with lists of arguments: ffmpeg, and the decoder in a process of its own.
-STARTS = ROOT / "tav_core" / "video.py"
+STARTS = ROOT / "tav_core" / "media" / "video.py"
 
 
 def name_of(node: ast.AST) -> str:
@@ -94,15 +92,6 @@ def test_no_module_reaches_for_more_than_it_may(path: Path) -> None:
     assert reaches(path, path.read_text()) == []
 
 
-def test_every_module_that_runs_on_the_server_is_looked_at() -> None:
-    imported = {
-        f"{node.module}.py"
-        for node in ast.walk(ast.parse((ROOT / "demo" / "tiny_sd.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and node.level == 1
-    }
-    assert imported <= {path.name for path in SOURCES}
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -113,7 +102,7 @@ def test_every_module_that_runs_on_the_server_is_looked_at() -> None:
     ],
 )  # fmt: skip
 def test_what_would_be_found(source: str) -> None:
-    assert reaches(ROOT / "tav_core" / "tune.py", source)
+    assert reaches(ROOT / "tav_core" / "schedule.py", source)
 
 
 WATCHED = """
@@ -127,8 +116,12 @@ engine.load_engine(comfyui, base)
 from types import SimpleNamespace
 import torch
 from unets import UNETS, build_model
-from tune_a_video.demo import loader
-from tune_a_video.nodes import evaluate, motion, sample, tune, video
+from tune_a_video.nodes import demo_model as loader
+from tune_a_video.nodes import evaluate
+from tune_a_video.nodes import motion
+from tune_a_video.nodes import sample
+from tune_a_video.nodes import tune
+from tune_a_video.nodes import video
 import folder_paths
 for folder in ("input", "output", "temp"):
     (base / folder).mkdir(parents=True, exist_ok=True)
@@ -198,7 +191,7 @@ def test_nothing_is_reached_for_while_everything_runs(comfyui: Path, tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(told.read_text())
     programs = [argument for event, argument in seen if event == "subprocess.Popen"]
-    ffmpeg, decoder = imageio_ffmpeg.get_ffmpeg_exe(), str(ROOT / "tav_core" / "decord_reader.py")
+    ffmpeg, decoder = imageio_ffmpeg.get_ffmpeg_exe(), str(ROOT / "tav_core" / "media" / "decord_reader.py")
     for program, arguments in programs:
         assert program == ffmpeg or arguments[:3] == [sys.executable, "-I", decoder], arguments
     assert any(program == ffmpeg for program, _ in programs)

@@ -20,10 +20,10 @@ from torch import Tensor
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation, TemporalLayer, transformer_blocks
 from tune_a_video.tav_core.invert import ddim_invert
-from tune_a_video.tav_core.memory import LEVELS, Level
+from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tune import TuneSettings, TuneStep, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, TuneStep, one_shot_tune
 from unets import build_model
 
 GUIDANCE = 12.5

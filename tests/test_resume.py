@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import resume
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
-from tune_a_video.tav_core.weights import Motion
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning import checkpoint as resume
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
 SETTINGS = TuneSettings(steps=5, learning_rate=1e-3, warmup_steps=3)

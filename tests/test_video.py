@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from tune_a_video.tav_core import video
+from tune_a_video.tav_core.media import video
 
 WIDTH, HEIGHT, BITS = 96, 64, 8
 GROUPS = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-pix_fmt", "yuv420p"]

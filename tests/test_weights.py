@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tune_a_video.tav_core import weights
-from tune_a_video.tav_core.weights import Motion, check_fits, load_motion, save_motion
+from tune_a_video.tav_core.motion import file as weights
+from tune_a_video.tav_core.motion.file import Motion, check_fits, load_motion, save_motion
 
 BLOCK = "middle_block.1.transformer_blocks.0"
 INNER, CHANNELS = 8, 6

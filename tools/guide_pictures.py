@@ -30,7 +30,7 @@ class Workbench:
 
     def __init__(self) -> None:
         import job
-        import tiny_sd
+        from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
         self.settings, self.clip = job.SETTINGS, job.CLIP
         self.edits = {edit.kind: edit for edit in job.EDITS}
@@ -50,7 +50,7 @@ class Workbench:
 
     def tune(self, counts: tuple[int, ...]) -> None:
         """The models after so many steps: one tuning, ended early and gone on with."""
-        from tune_a_video.tav_core.tune import TuneSettings, one_shot_tune
+        from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
         settings = TuneSettings(steps=max(counts), learning_rate=self.settings.learning_rate, seed=SEED)
         done: list[int] = []
@@ -166,7 +166,7 @@ def main() -> None:
     with _demo():
         from PIL import Image
         from study import measure
-        from tune_a_video.tav_core import pictures
+        from tune_a_video.tav_core.media import pictures
 
         bench = Workbench()
         bench.tune(TUNE_STEPS)

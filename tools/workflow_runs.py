@@ -109,7 +109,7 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
 def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> Any:
     """The source and every video that was saved, frame by frame, as a picture."""
     from PIL import Image
-    from tune_a_video.tav_core import pictures, video
+    from tune_a_video.tav_core.media import pictures, video
 
     def frames(path: Path) -> Any:
         return video.load_clip(path, frame_count=0, resize="keep").images

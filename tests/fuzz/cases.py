@@ -17,9 +17,9 @@ import mutate
 import safetensors.torch
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import video
-from tune_a_video.tav_core.low_rank import SEED_KEY, compress, expand
-from tune_a_video.tav_core.weights import FORMAT, Motion, load_motion
+from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.motion.file import FORMAT, Motion, load_motion
+from tune_a_video.tav_core.motion.low_rank import SEED_KEY, compress, expand
 
 KINDS = ("video", "motion", "inputs", "tensors", "paths")
 Case = Callable[[Random], None]

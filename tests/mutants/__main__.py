@@ -105,7 +105,7 @@ def _warm(comfyui: Path | None, scratch: str) -> None:
     hypothesis.settings.load_profile("mutants")
     engine.load_engine(comfyui, Path(scratch, "host"))
     engine.load_pack()
-    import tune_a_video.tav_core.tune  # noqa: F401
+    import tune_a_video.tav_core.tuning.trainer  # noqa: F401
     import unets  # noqa: F401
 
     # pytest imports half of itself and its plugins only when it runs.

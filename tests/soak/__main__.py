@@ -42,7 +42,7 @@ from host_server import HostError, HostServer  # noqa: E402
 from jobs import Job  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from tune_a_video.tav_core import video  # noqa: E402
+from tune_a_video.tav_core.media import video  # noqa: E402
 
 PACK = "Tune-A-Video"
 OUTCOMES = ("identical", "interrupted", "off the queue", "DIFFERENT", "FAILED")

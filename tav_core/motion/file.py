@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .out_of_memory import is_out_of_memory
+from ..out_of_memory import is_out_of_memory
 
 FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.

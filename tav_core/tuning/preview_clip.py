@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import host
-from .schedule import add_noise, alphas_cumprod
+from .. import host
+from ..schedule import add_noise, alphas_cumprod
 
 STEPS = 4
 # Of all noise levels: so noisy that only the clip's coarse layout is given, and the rest is the weights' doing.

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import stop
 
-PACK = Path(__file__).parent.parent
+PACK = Path(__file__).parents[2]
 
 
 def register() -> None:

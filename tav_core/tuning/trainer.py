@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import host, memory, plateau, resume
-from .adamw import AdamW
-from .asynchronous import Later, to_device
-from .inflate import (
+from .. import host
+from ..inflate import (
     Inflation,
     TemporalLayer,
     build_temporal,
@@ -24,11 +22,16 @@ from .inflate import (
     temporal_layers,
     transformer_blocks,
 )
-from .out_of_memory import OutOfMemoryError, explained, is_out_of_memory
-from .reconstruct import reconstruct
-from .schedule import add_noise, alphas_cumprod, training_target
+from ..motion.file import QUERY_SUFFIX, Motion, check_fits
+from ..out_of_memory import OutOfMemoryError, explained, is_out_of_memory
+from ..schedule import add_noise, alphas_cumprod, training_target
+from . import checkpoint as resume
+from . import early_stop as plateau
+from . import memory_plan as memory
+from .adamw import AdamW
+from .pinned_copy import Later, to_device
+from .preview_clip import reconstruct
 from .trainable import CastingOperations, TrainScope, in_scope
-from .weights import QUERY_SUFFIX, Motion, check_fits
 
 # After so many steps whose loss or gradient is not finite, one after the other, a run is over.
 _PATIENCE = 5

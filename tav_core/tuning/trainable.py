@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attend
-from .frozen import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
-from .inflate import Forward, transformer_blocks
+from ..attention import attend
+from ..inflate import Forward, transformer_blocks
+from .frozen_layers import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
 
 TrainScope = Literal["all", "middle and up"]
 TRAIN_SCOPES: tuple[TrainScope, ...] = get_args(TrainScope)

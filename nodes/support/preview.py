@@ -17,7 +17,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ..tav_core import video
+from ...tav_core.media import video
 
 # A picture as the host sends it: format, picture, the size that it is scaled to.
 Picture = tuple[str, Image.Image, int | None]

@@ -28,7 +28,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parent / "model"
+FOLDER = Path(__file__).resolve().parent / "weights"
 WEIGHTS = FOLDER / "tiny-sd.safetensors"
 
 PIXELS_PER_LATENT = 4

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import inflate, trainable
-from .frozen import WeightAndBias
-from .inflate import Inflation, Layout, TemporalLayer
-from .weights import Motion, check_fits
+from .. import inflate
+from ..inflate import Inflation, Layout, TemporalLayer
+from ..motion.file import Motion, check_fits
+from ..tuning import trainable
+from ..tuning.frozen_layers import WeightAndBias
 
 _KEY = "tune-a-video"
 _UNET_PREFIX = "diffusion_model."

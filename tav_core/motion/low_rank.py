@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .inflate import draw_temporal
-from .out_of_memory import is_out_of_memory
-from .weights import Motion
+from ..inflate import draw_temporal
+from ..out_of_memory import is_out_of_memory
+from .file import Motion
 
 RANK_KEY, SEED_KEY, KEPT_KEY = "rank", "temporal_seed", "kept"
 UP, DOWN = ".up", ".down"

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .out_of_memory import is_out_of_memory
-from .weights import write_safetensors
+from ..motion.file import write_safetensors
+from ..out_of_memory import is_out_of_memory
 
 FORMAT = "tune-a-video run 1"
 # Runs that nobody went on with go after this many seconds, and the oldest when there are more than so many.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .tiny_sd import WEIGHTS, load
+from ..tav_core.tiny_sd.model import WEIGHTS, load
 
 
 class LoadDemoModel(io.ComfyNode):

@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .out_of_memory import told_of
+from ..out_of_memory import told_of
 
 START_UNITS = ("seconds", "frames")
 RESIZE_MODES = ("crop to fill", "fit", "stretch", "keep")

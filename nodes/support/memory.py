@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..tav_core import host
-from ..tav_core.out_of_memory import OutOfMemoryError, explained
+from ...tav_core import host
+from ...tav_core.out_of_memory import OutOfMemoryError, explained
 
 
 @contextmanager

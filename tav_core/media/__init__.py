@@ -1,0 +1,1 @@
+"""Clips and pictures: from files to frames and back."""

@@ -1,0 +1,1 @@
+"""Tuned weights: in memory, on disk, compressed."""

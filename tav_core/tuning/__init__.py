@@ -1,0 +1,1 @@
+"""One-shot tuning (paper, section 4.2)."""
