@@ -4,10 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import LoadDemoModel
 from .evaluate import CompareVideos, EvaluateVideo
+from .inflate import InflateUNet
+from .invert import DDIMInvert
 from .motion import LoadMotion, SaveMotion
-from .sample import DDIMInvert, TAVSample
+from .sample import TAVSample
 from .support.routes import register
-from .tune import InflateUNet, OneShotTune
+from .tune import OneShotTune
 from .video import LoadVideo, SaveVideo
 
 

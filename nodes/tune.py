@@ -1,4 +1,4 @@
-"""InflateUNet and OneShotTune."""
+"""One-Shot Tune: a model and one clip in, a tuned model and its motion out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..tav_core import host
-from ..tav_core.attention import SPATIAL_MODES
 from ..tav_core.inflate import Inflation
 from ..tav_core.media import pictures
 from ..tav_core.motion.file import Motion
 from ..tav_core.motion.low_rank import SEED_KEY
 from ..tav_core.out_of_memory import is_out_of_memory
+from ..tav_core.tuning.checkpoint import Checkpoint
 from ..tav_core.tuning.trainable import TRAIN_SCOPES
-from ..tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from ..tav_core.tuning.trainer import Trainer, TuneSettings
+from ..tav_core.tuning.training_unet import training_unet
+from .inflate import GROUP_NORM_MODES
 from .support.graph import source_text
 from .support.limits import check_limits
 from .support.memory import memory_explained
@@ -28,143 +29,69 @@ from .support.preview import LatentFrames, MovingPreview, Picture
 from .support.stop import stoppable
 from .support.types import CATEGORY, MotionType, search_aliases
 
-GROUP_NORM_MODES = ("over frames", "per frame")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
 REMEDY = "Use fewer frames or a smaller size. If the tuning had ended, it is not run again."
 _PREVIEW_SECONDS, _PREVIEW_SIZE, _FRAMES_PER_SECOND = 2.0, 768, 4.0
 
 
-class InflateUNet(io.ComfyNode):
-    """MODEL of an image -> MODEL that sees its batch as the frames of a video."""
+class _Curve:
+    """The picture in the node: the loss curve so far, the time left, and the clip as the weights now make it."""
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
-        return io.Schema(
-            node_id="TAV_InflateUNet",
-            display_name="Inflate UNet (Tune-A-Video)",
-            category=CATEGORY,
-            **search_aliases("apply motion", "sparse-causal attention", "temporal attention"),
-            description="Makes a Stable Diffusion model see a batch of latents as the frames of one video. With a "
-            "motion it samples like the tuned model. LoRAs may come before or after it.",
-            inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or SDXL model."),
-                io.Combo.Input(
-                    "attention",
-                    options=list(SPATIAL_MODES),
-                    default="sparse-causal",
-                    tooltip="Which frames a frame looks at. The method uses sparse-causal: the first and the "
-                    "previous one. The others are for comparison.",
-                ),
-                io.Combo.Input(
-                    "group_norm",
-                    options=list(GROUP_NORM_MODES),
-                    default="over frames",
-                    tooltip="Statistics of the residual blocks' norms: pooled over all frames, as the released "
-                    "code does, or per frame.",
-                ),
-                io.Float.Input(
-                    "query_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How strongly the motion's changes to the query projections apply. 1 = as tuned.",
-                ),
-                io.Float.Input(
-                    "temporal_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much the motion's temporal layers add. 1 = as tuned, 0 = off.",
-                ),
-                MotionType.Input("motion", optional=True, tooltip="Tuned weights, from One-Shot Tune or Load Motion."),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The inflated model, for any sampler.")],
-        )
-
-    @classmethod
-    @memory_explained("model", "Close what else takes memory and queue again.")
-    def execute(
-        cls,
-        model: Any,
-        attention: Any,
-        group_norm: str,
-        query_strength: float,
-        temporal_strength: float,
-        motion: Motion | None = None,
-    ) -> io.NodeOutput:
-        """Refuses models without a Stable Diffusion UNet and motions of another model (ValueError)."""
-        check_limits(
-            cls,
-            attention=attention,
-            group_norm=group_norm,
-            query_strength=query_strength,
-            temporal_strength=temporal_strength,
-        )
-        host.check_model(model)
-        inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
-        return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))
-
-
-class _Progress:
-    """The node's progress bar; below it the loss curve so far with the time that is left, and the clip as it is now."""
-
-    def __init__(self, steps: int, preview: MovingPreview, model: Any) -> None:
-        self.steps, self.preview, self.model = steps, preview, model
-        self.begun: tuple[float, int] | None = None
-        self.shown = 0.0
-        self.clip: list[Picture] = []
-        self.made: list[Picture] = []
-        self.made_after = 0
+    def __init__(self, trainer: Trainer, preview: MovingPreview) -> None:
+        self._trainer, self._preview = trainer, preview
+        self._began, self._first = time.monotonic(), trainer.done
+        self._shown = 0.0
+        self._clip: list[Picture] = []
+        self._made: list[Picture] = []
+        self._made_after = 0
         self.warned = False
 
-    def warning(self, text: str) -> None:
-        """What went wrong with keeping the run's state: the log has it, the picture says that there is something."""
+    def warn(self, text: str) -> None:
+        """Note under the curve that the run's state cannot be kept; the log has the reason."""
         self.warned = True
 
-    def step(self, step: int) -> None:
-        """Raises when the user cancels."""
-        if self.begun is None:
-            # The first step of a run also sets up, and a resumed run does not begin with the first.
-            self.begun = (time.monotonic(), step)
-        self.preview.update(step + 1)
+    def reconstruct(self) -> None:
+        """Make the clip with the weights as they are, for the next time that the curve is drawn."""
+        made = self._trainer.reconstruct()
+        if made is not None:
+            frames = LatentFrames(self._trainer.unet.model, anyway=True)
+            self._clip = self._clip or frames.all(self._trainer.unet.latents)
+            self._made, self._made_after = frames.all(made), self._trainer.done
+            self._shown = 0.0
 
-    def reconstruction(self, done: int, clip: Tensor, made: Tensor) -> None:
-        """Keep the clip and what the weights make of it, for the next time that the curve is drawn."""
-        frames = LatentFrames(self.model, anyway=True)
-        self.clip = self.clip or frames.all(clip)
-        self.made, self.made_after = frames.all(made), done
-        self.shown = 0.0
-
-    def losses(self, losses: list[float]) -> None:
-        """Draw the curve, now and then."""
-        now = time.monotonic()
-        if self.begun is None or now - self.shown < _PREVIEW_SECONDS:
+    def update(self) -> None:
+        """Move the progress bar, and draw the curve now and then. Raises when the user cancels."""
+        done, now = self._trainer.done, time.monotonic()
+        self._preview.update(done)
+        if done == self._first + 1:
+            self._began = now  # the first step also sets up
+        losses = self._trainer.losses_so_far()
+        if losses is None or now - self._shown < _PREVIEW_SECONDS:
             return
-        self.shown = now
-        began, first = self.begun
-        rate = max(len(losses) - 1 - first, 1) / max(now - began, 1e-3)
-        left = round((self.steps - len(losses)) / rate)
-        note = f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left"
-        if self.warned:
-            note += "; state cannot be kept, see the log"
-        captions = ("clip", f"after step {self.made_after}")
+        self._shown = now
         try:
-            curve = pictures.loss_curve(losses, note)
-            frames = [
-                pictures.below(curve, [(caption, frame) for caption, (_, frame, _) in zip(captions, pair, strict=True)])
-                for pair in zip(self.clip, self.made, strict=True)
-            ]
-            shown = frames or [pictures.below(curve, [])]
+            shown = self._pictures(losses, now)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            logging.warning("Tune-A-Video: no memory for a picture of the loss; tuning goes on")
+            logging.warning("Tune-A-Video: no memory for a picture of the loss; tuning continues")
             return
-        self.preview.show(len(losses), [("JPEG", picture, _PREVIEW_SIZE) for picture in shown])
+        self._preview.show(len(losses), shown)
+
+    def _pictures(self, losses: list[float], now: float) -> list[Picture]:
+        rate = max(len(losses) - 1 - self._first, 1) / max(now - self._began, 1e-3)
+        left = round((self._trainer.settings.steps - len(losses)) / rate)
+        note = f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left"
+        if self.warned:
+            note += "; state cannot be kept, see the log"
+        captions = ("clip", f"after step {self._made_after}")
+        curve = pictures.loss_curve(losses, note)
+        frames = [
+            pictures.below(curve, [(caption, frame) for caption, (_, frame, _) in zip(captions, pair, strict=True)])
+            for pair in zip(self._clip, self._made, strict=True)
+        ]
+        return [("JPEG", picture, _PREVIEW_SIZE) for picture in frames or [pictures.below(curve, [])]]
 
 
 class OneShotTune(io.ComfyNode):
@@ -199,7 +126,7 @@ class OneShotTune(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=False,
-                    tooltip="Of AdamW. The method uses 3e-5.",
+                    tooltip="AdamW's learning rate. The paper uses 3e-5.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -207,21 +134,21 @@ class OneShotTune(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the timesteps and the noise that are drawn, and of the new layers' weights.",
+                    tooltip="Seed of the drawn timesteps and noise, and of the new layers' weights.",
                 ),
                 io.Combo.Input(
                     "train_scope",
                     options=list(TRAIN_SCOPES),
                     default="all",
-                    tooltip="Which blocks learn. all: as in the paper. middle and up: as the released code really "
-                    "trains; faster, needs less memory.",
+                    tooltip="Which blocks learn. all: as in the paper. middle and up: as the released code trains in "
+                    "effect; faster, needs less memory.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="What is computed in; the weights that learn are always float32. auto: as the model is "
-                    "run by ComfyUI.",
+                    tooltip="Compute precision; the weights that learn are always float32. auto: as ComfyUI runs "
+                    "the model.",
                 ),
                 io.Int.Input(
                     "warmup_steps",
@@ -241,7 +168,7 @@ class OneShotTune(io.ComfyNode):
                 MotionType.Input(
                     "motion",
                     optional=True,
-                    tooltip="Weights to go on from. Without it: the motion that the model carries, else fresh ones.",
+                    tooltip="Weights to start from. Without it: the motion that the model carries, else fresh ones.",
                 ),
                 io.Int.Input(
                     "preview_every",
@@ -249,8 +176,8 @@ class OneShotTune(io.ComfyNode):
                     min=0,
                     max=100_000,
                     optional=True,
-                    tooltip="Steps between two looks at the clip as it is reconstructed by then, shown below the loss "
-                    "curve. Each takes as long as one or two steps; 0 = never.",
+                    tooltip="Steps between two reconstructions of the clip, shown below the loss curve. Each takes as "
+                    "long as one or two steps; 0 = never.",
                 ),
                 io.Int.Input(
                     "patience",
@@ -258,8 +185,8 @@ class OneShotTune(io.ComfyNode):
                     min=0,
                     max=100_000,
                     optional=True,
-                    tooltip="End when the loss, smoothed over so many steps, has not fallen for so many steps; 100 to "
-                    "200 if any. 0 = run all steps.",
+                    tooltip="Stop after this many steps without improvement of the loss, smoothed over as many. 100 to "
+                    "200 is a good value. 0 = run all steps.",
                 ),
                 io.Float.Input(
                     "memory_budget",
@@ -268,13 +195,15 @@ class OneShotTune(io.ComfyNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="GiB that tuning may take beside the model's own weights. Less memory, more time: what "
-                    "does not fit is computed twice. 0 = what the device has free.",
+                    tooltip="GiB that tuning may take beside the model's own weights. With less memory it takes more "
+                    "time, because blocks are computed twice. 0 = all that the device has free.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
-                MotionType.Output(display_name="motion", tooltip="What was learnt, for Save Motion or Inflate UNet."),
+                MotionType.Output(
+                    display_name="motion", tooltip="The learnt weights, for Save Motion or Inflate UNet."
+                ),
                 io.Image.Output(
                     display_name="loss_curve", tooltip="Loss over steps; thin: each step, thick: its mean."
                 ),
@@ -317,79 +246,77 @@ class OneShotTune(io.ComfyNode):
         )
         host.check_model(model)
         samples = host.check_latent(model, latent)
-        if len(conditioning) != 1:
-            raise ValueError(
-                f"conditioning: it holds {len(conditioning)} prompts, and a clip is tuned on exactly one. "
-                "Connect one CLIP Text Encode node directly, without Conditioning (Combine)."
-            )
+        host.check_single_prompt(conditioning)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
-        inflated = host.inflation_of(model)
-        inflation = inflated.inflation if inflated else Inflation()
-        settings = TuneSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            train_scope=train_scope,
-            warmup_steps=warmup_steps,
-            gradient_clip=gradient_clip,
+        start = motion or host.carried_motion(model)
+        host.check_motion(model, start)
+        carried = host.inflation_of(model)
+        inflation = (
+            Inflation(carried.inflation.attention, carried.inflation.pool_group_norm) if carried else Inflation()
         )
-        folder = state_folder()
-        started = motion or host.carried_motion(model)
-        with MovingPreview(steps, _FRAMES_PER_SECOND) as preview, stoppable(str(cls.hidden.unique_id)) as stop:
-            progress = _Progress(steps, preview, model)
-            if folder is None:
-                logging.warning(
-                    "Tune-A-Video: .tune-a-video leads out of the output folder; no state of this run is kept"
-                )
-                progress.warned = True
-            learnt, losses = one_shot_tune(
-                host.deflated(model),
-                samples,
-                conditioning,
-                settings,
-                Inflation(inflation.attention, inflation.pool_group_norm),
-                started,
-                PRECISIONS[precision],
-                budget=memory_budget * 2**30 or None,
-                on_step=progress.step,
-                on_losses=progress.losses,
-                checkpoints=folder,
-                on_warning=progress.warning,
-                on_preview=progress.reconstruction,
-                preview_every=preview_every,
-                patience=patience,
-                stop=stop.is_set,
-            )
-            if progress.begun is None or len(losses) < steps:  # the run was on disk already, or ended early
-                preview.update(steps)
-        height, width = samples.shape[-2:]
-        metadata = {
-            "base_family": host.family(model),
-            "prediction_type": host.prediction_type(model),
-            "prompt": source_text(cls.hidden.prompt, cls.hidden.unique_id, "conditioning"),
-            "frame_count": str(len(samples)),
-            "width": str(width * PIXELS_PER_LATENT),
-            "height": str(height * PIXELS_PER_LATENT),
-            "steps": str(len(losses)),
-            "seed": str(seed),
-            SEED_KEY: (started.metadata.get(SEED_KEY, "") if started else "") or str(seed),
-            "options": json.dumps(
-                {
-                    "learning_rate": learning_rate,
-                    "train_scope": train_scope,
-                    "precision": precision,
-                    "warmup_steps": warmup_steps,
-                    "gradient_clip": gradient_clip,
-                    "attention": inflation.attention,
-                    "group_norm": GROUP_NORM_MODES[0 if inflation.pool_group_norm else 1],
-                }
-            ),
-        }
-        # Half precision from here on, in memory as on disk: what is seen now is what a saved file will give.
-        tuned = Motion(learnt.tensors, metadata).to(torch.float16)
+        settings = TuneSettings(steps, learning_rate, seed, train_scope, warmup_steps, gradient_clip)
+        with (
+            MovingPreview(steps, _FRAMES_PER_SECOND) as preview,
+            stoppable(str(cls.hidden.unique_id)) as stop,
+            training_unet(host.without_inflation(model), samples, conditioning, PRECISIONS[precision]) as unet,
+        ):
+            trainer = Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)
+            curve = _Curve(trainer, preview)
+            with Checkpoint(state_folder(curve.warn), trainer, curve.warn) as run:
+                for _ in trainer:
+                    if preview_every and trainer.done % preview_every == 0:
+                        curve.reconstruct()
+                    run.save_if_due()
+                    curve.update()
+                    if stop.is_set():
+                        break
+            preview.update(steps)
+            learnt, losses = trainer.motion(), trainer.losses
+        tuned = Motion(
+            learnt.tensors, _metadata(cls, model, samples, settings, precision, inflation, start, len(losses))
+        )
+        # Half precision from here on, in memory as on disk: a saved file gives the very same model.
+        tuned = tuned.to(torch.float16)
         if not all(value.isfinite().all() for value in tuned.tensors.values()):
             raise RuntimeError(
-                "learning_rate: the tuned weights are too large for half precision. Lower it and tune anew."
+                "learning_rate: the tuned weights are too large for half precision. Lower it and tune again."
             )
-        out = host.inflate_model(model, Inflation(inflation.attention, inflation.pool_group_norm), tuned)
-        return io.NodeOutput(out, tuned, pictures.loss_curve(losses))
+        return io.NodeOutput(host.inflate_model(model, inflation, tuned), tuned, pictures.loss_curve(losses))
+
+
+def _metadata(
+    node: Any,
+    model: Any,
+    samples: torch.Tensor,
+    settings: TuneSettings,
+    precision: str,
+    inflation: Inflation,
+    start: Motion | None,
+    steps: int,
+) -> dict[str, str]:
+    """Describe how a motion came about, for its file."""
+    height, width = samples.shape[-2:]
+    options = {
+        "learning_rate": settings.learning_rate,
+        "train_scope": settings.train_scope,
+        "precision": precision,
+        "warmup_steps": settings.warmup_steps,
+        "gradient_clip": settings.gradient_clip,
+        "attention": inflation.attention,
+        "group_norm": GROUP_NORM_MODES[0 if inflation.pool_group_norm else 1],
+    }
+    return {
+        "base_family": host.family(model),
+        "prediction_type": host.prediction_type(model),
+        "prompt": source_text(node.hidden.prompt, node.hidden.unique_id, "conditioning"),
+        "frame_count": str(len(samples)),
+        "width": str(width * PIXELS_PER_LATENT),
+        "height": str(height * PIXELS_PER_LATENT),
+        "steps": str(steps),
+        "seed": str(settings.seed),
+        SEED_KEY: (start.metadata.get(SEED_KEY, "") if start else "") or str(settings.seed),
+        "options": json.dumps(options),
+    }
+
+
+NODES = [OneShotTune]

@@ -1,6 +1,6 @@
 """Attention over video: which frames a frame looks at, as pure functions on tensors.
 
-Layout everywhere: ``rows = videos * frames`` on the batch axis, videos outermost, frames innermost.
+Layout everywhere: ``rows = chunks * frames`` on the batch axis, frames innermost; a chunk is one whole video.
 A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``gather_frames``.
 """
 
@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 SpatialMode = Literal["sparse-causal", "first frame only", "full", "per frame"]
@@ -20,19 +21,19 @@ SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 _MAX_FUSED_ROWS = 65535
 
 
-def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode, first: Tensor | None = None) -> Tensor:
+def gather_frames(tokens: Tensor, frames: int, chunks: int, mode: SpatialMode, first: Tensor | None = None) -> Tensor:
     """Lay the keys (or values) of the frames that each frame attends to side by side.
 
     "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where the previous
     frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The other modes are ablations.
 
-    ``tokens``: [videos * frames * tiles, n, c]; returns [videos * frames * tiles, n * k, c] with
-    k = 2 for sparse-causal, 1 for first and per frame, ``frames`` for full attention. ``first``: those of the
-    video's first frame [videos, 1, tiles, n, c], where the frames given are a window that does not hold it.
+    ``tokens``: [chunks * frames * tiles, n, c]; returns [chunks * frames * tiles, n * k, c] with k = 2 for
+    sparse-causal, 1 for first and per frame, ``frames`` for full attention. ``first``: the tokens
+    [chunks, 1, tiles, n, c] of the video's first frame, for frames that are a window without it.
     """
     if mode == "per frame":
         return tokens
-    x = by_frame(tokens, frames, videos)
+    x = by_frame(tokens, frames, chunks)
     first = x[:, :1] if first is None else first
     if mode == "sparse-causal":
         previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)
@@ -40,32 +41,25 @@ def gather_frames(tokens: Tensor, frames: int, videos: int, mode: SpatialMode, f
     elif mode == "first frame only":
         x = first.expand(-1, frames, -1, -1, -1)
     else:
-        every = x.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, None]
-        x = every.expand(-1, frames, -1, -1, -1)
-    return x.reshape(len(tokens), -1, tokens.shape[-1])
+        x = rearrange(x, "chunks frames tiles n c -> chunks 1 tiles (frames n) c").expand(-1, frames, -1, -1, -1)
+    return rearrange(x, "chunks frames tiles n c -> (chunks frames tiles) n c")
 
 
-def by_frame(tokens: Tensor, frames: int, videos: int) -> Tensor:
-    """[videos * frames * tiles, n, c] -> [videos, frames, tiles, n, c] (a view). Raises ValueError if it can't be."""
-    rows, n, c = tokens.shape
-    if rows % (videos * frames):
-        raise ValueError(f"{rows} attention rows are not a multiple of {videos} videos x {frames} frames")
-    return tokens.view(videos, frames, rows // (videos * frames), n, c)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[rows, n, heads * d] -> [rows, heads, n, d] (a view)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def by_frame(tokens: Tensor, frames: int, chunks: int) -> Tensor:
+    """View [chunks * frames * tiles, n, c] as [chunks, frames, tiles, n, c]. Raises ValueError if it can't be."""
+    if len(tokens) % (chunks * frames):
+        raise ValueError(f"{len(tokens)} attention rows are not a multiple of {chunks} videos x {frames} frames")
+    return rearrange(tokens, "(chunks frames tiles) n c -> chunks frames tiles n c", chunks=chunks, frames=frames)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head attention by PyTorch's fused kernels. q [rows, n, c], k and v [rows, m, c] -> [rows, n, c]."""
-    out = _fused(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
-    return out.transpose(1, 2).flatten(2)
+    q, k, v = (rearrange(x, "rows n (heads d) -> rows heads n d", heads=heads) for x in (q, k, v))
+    return rearrange(_fused(q, k, v), "rows heads n d -> rows n (heads d)")
 
 
 def _fused_rows(device: torch.device) -> int:
-    """The most batch * heads that one call of fused attention takes."""
+    """Return the largest batch * heads that one call of fused attention takes."""
     return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
 
 
@@ -77,27 +71,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _float(x: Tensor) -> Tensor:
-    """In float32; a text that all frames share, a view of one, is not written out for each of them."""
+    """Convert to float32; a text that all frames share (an expanded view) is converted once."""
     return x[:1].float().expand_as(x) if x.stride(0) == 0 else x.float()
 
 
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
     """Full, unmasked attention over the frames of each pixel, without positional encoding.
 
-    q, k, v: [videos * frames, n, c] -> [videos * frames, n, c]. Released code: ``attn_temp``.
+    q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``.
     """
-    rows, n, c = q.shape
-    videos = rows // frames
-
-    def per_pixel(x: Tensor) -> Tensor:
-        x = x.view(videos, frames, n, heads, c // heads).permute(0, 2, 3, 1, 4)
-        return x.reshape(videos * n, heads, frames, c // heads)
-
-    q, k, v = per_pixel(q), per_pixel(k), per_pixel(v)
+    layout = {"frames": frames, "n": q.shape[1], "heads": heads}
+    q, k, v = (rearrange(x, "(chunks frames) n (heads d) -> (chunks n) heads frames d", **layout) for x in (q, k, v))
     step = _fused_rows(q.device) // heads
     if len(q) > step:
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
         out = torch.cat([_fused(*part) for part in parts])
     else:
         out = _fused(q, k, v)
-    return out.view(videos, n, heads, frames, c // heads).permute(0, 3, 1, 2, 4).reshape(rows, n, c)
+    return rearrange(out, "(chunks n) heads frames d -> (chunks frames) n (heads d)", **layout)

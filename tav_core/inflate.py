@@ -1,31 +1,31 @@
-"""Inflation: a 2-D LDM UNet made to see video, for the length of one call.
+"""Inflation: make a 2-D LDM UNet see video, for the length of one call.
 
-Nothing is added to the UNet and nothing stays changed: ``inflated`` swaps the ``forward`` of some of its
+Nothing is added to the UNet and nothing stays changed. ``swapped`` replaces the ``forward`` of some of its
 modules on entry and puts them back on exit. So state-dict keys stay what LoRA files expect, and the host's
 model is its own again between calls, whatever happened in them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .attention import SpatialMode, by_frame, gather_frames, temporal_attend
+from .attention import SpatialMode, by_frame, gather_frames
 from .norm import pooled_group_norm
+from .temporal import TemporalLayer
+from .unet import pooled_norms, transformer_blocks
 
 
 @dataclass(frozen=True)
 class Inflation:
-    """What is inflated and how. The defaults are the paper's; the rest are ablations.
+    """Which parts are inflated and how. The defaults are the paper's; the rest are ablations.
 
-    ``temporal_strength`` scales what the temporal layers add to the image layers (0 = off, 1 = as tuned).
+    ``temporal_strength`` scales the residual of the temporal layers (0 = off, 1 = as tuned).
     """
 
     attention: SpatialMode = "sparse-causal"
@@ -35,165 +35,30 @@ class Inflation:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of the batch axis belong together: rows = videos * frames, frames innermost."""
+    """The order of rows on the batch axis: rows = chunks * frames, frames innermost.
+
+    A chunk is the host's word for one conditioning that shares the batch with others; each is a whole video.
+    """
 
     frames: int
-    videos: int
+    chunks: int
 
 
 class Backend(Protocol):
-    """What inflation needs of whoever owns the UNet."""
+    """The operations that inflation needs from the owner of the UNet."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, **options: Any) -> Tensor:
         """Multi-head attention, q [rows, n, c], k and v [rows, m, c] -> [rows, n, c]."""
 
-    def affine(self, norm: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a normalisation layer, ready to be used with x."""
-
-
-class _TemporalAttention(torch.nn.Module):
-    def __init__(self, channels: int, inner: int, operations: Any, **factory: Any) -> None:
-        super().__init__()
-        self.to_q = operations.Linear(channels, inner, bias=False, **factory)
-        self.to_k = operations.Linear(channels, inner, bias=False, **factory)
-        self.to_v = operations.Linear(channels, inner, bias=False, **factory)
-        self.to_out = torch.nn.Sequential(operations.Linear(inner, channels, **factory))
-
-
-class TemporalLayer(torch.nn.Module):
-    """LayerNorm and self-attention over frames, added after the feed-forward of a transformer block.
-
-    ``operations`` supplies Linear and LayerNorm (``torch.nn``, or the host's casting layers).
-    """
-
-    def __init__(self, channels: int, inner: int, heads: int, operations: Any, **factory: Any) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_temp = operations.LayerNorm(channels, **factory)
-        self.attn_temp = _TemporalAttention(channels, inner, operations, **factory)
-
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """The residual for x [videos * frames, n, c]; to be added to it."""
-        n = self.norm_temp(x)
-        attn = self.attn_temp
-        out = temporal_attend(attn.to_q(n), attn.to_k(n), attn.to_v(n), self.heads, frames)
-        return attn.to_out(out)
-
-
-def transformer_blocks(unet: torch.nn.Module) -> dict[str, Any]:
-    """The UNet's transformer blocks by LDM path; empty for anything that is not such a UNet."""
-    return {
-        path: module
-        for path, module in unet.named_modules()
-        if ".transformer_blocks." in path and hasattr(module, "attn1") and hasattr(module, "attn2")
-    }
-
-
-def pooled_norms(unet: torch.nn.Module) -> dict[torch.nn.GroupNorm, torch.nn.Module | None]:
-    """The GroupNorms of residual blocks and of the output head; not those of the spatial transformers.
-
-    With each the activation right behind it, None where something comes between the two (a block that
-    modulates the norm's output by the timestep).
-    """
-    found: dict[torch.nn.GroupNorm, torch.nn.Module | None] = {}
-    for path, module in unet.named_modules():
-        for name in ("in_layers", "out_layers", "out"):
-            layers = getattr(module, name, None)
-            if (name == "out") != (path == "") or not isinstance(layers, torch.nn.Sequential):
-                continue
-            norm, activation = layers[0], layers[1]
-            if not isinstance(norm, torch.nn.GroupNorm):
-                continue
-            modulated = name == "out_layers" and module.use_scale_shift_norm
-            found[norm] = activation if isinstance(activation, torch.nn.SiLU) and not modulated else None
-    return found
-
-
-def query_shapes(unet: torch.nn.Module) -> dict[str, torch.Size]:
-    """Shape of every query projection's weight by its path: the places a motion's deltas go to."""
-    return {
-        f"{path}.{name}.to_q.weight": torch.Size((attn.heads * attn.dim_head, _query_dim(attn)))
-        for path, block in transformer_blocks(unet).items()
-        for name, attn in (("attn1", block.attn1), ("attn2", block.attn2))
-    }
-
-
-def _query_dim(attn: Any) -> int:
-    return int(attn.to_q.in_features)
-
-
-def initial_temporal(unet: torch.nn.Module, scope: Callable[[str], bool], seed: int) -> dict[str, Tensor]:
-    """Fresh temporal weights, float32, for the blocks whose path ``scope`` accepts; see ``draw_temporal``."""
-    return draw_temporal(
-        {
-            path: (block.attn1.heads * block.attn1.dim_head, _query_dim(block.attn1))
-            for path, block in transformer_blocks(unet).items()
-            if scope(path)
-        },
-        seed,
-    )
-
-
-def draw_temporal(blocks: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Tensor]:
-    """Fresh temporal weights, float32, for blocks of (inner width, channels); a block's depend on its path alone.
-
-    Projections are drawn as torch.nn.Linear draws them; ``to_out`` starts at zero, weight and bias, so that
-    a freshly inflated model is the inflated plain model. (The released code leaves a random bias there.)
-    """
-    tensors: dict[str, Tensor] = {}
-    for path, (inner, channels) in blocks.items():
-        digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        for name in ("to_q", "to_k", "to_v"):
-            bound = 1 / math.sqrt(channels)
-            drawn = torch.rand((inner, channels), generator=generator) * (2 * bound) - bound
-            tensors[f"{path}.attn_temp.{name}.weight"] = drawn
-        tensors[f"{path}.attn_temp.to_out.0.weight"] = torch.zeros(channels, inner)
-        tensors[f"{path}.attn_temp.to_out.0.bias"] = torch.zeros(channels)
-        tensors[f"{path}.norm_temp.weight"] = torch.ones(channels)
-        tensors[f"{path}.norm_temp.bias"] = torch.zeros(channels)
-    return tensors
-
-
-def build_temporal(
-    unet: torch.nn.Module, tensors: Mapping[str, Tensor], operations: Any, dtype: torch.dtype
-) -> torch.nn.Module:
-    """A module that holds temporal layers under the same paths as the UNet's transformer blocks.
-
-    ``tensors``: as ``Motion.temporal()``; blocks without weights there get no temporal layer.
-    """
-    root = torch.nn.Module()
-    for path, block in transformer_blocks(unet).items():
-        prefix = f"{path}."
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if not weights:
-            continue
-        inner, channels = weights["attn_temp.to_q.weight"].shape
-        layer = TemporalLayer(channels, inner, block.attn1.heads, operations, device="cpu")
-        layer.load_state_dict(weights)
-        # Not when it is made: casting layers of some hosts keep the dtype of what was loaded.
-        _add_at(root, path, layer.to(dtype).requires_grad_(False))
-    return root
-
-
-def _add_at(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    root.add_module(name, module)
-
-
-def temporal_layers(root: torch.nn.Module) -> dict[str, TemporalLayer]:
-    """The layers that ``build_temporal`` put into ``root``, by block path."""
-    return {path: module for path, module in root.named_modules() if isinstance(module, TemporalLayer)}
+    def affine(self, norm: torch.nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+        """Lend weight and bias of a normalisation layer, ready to be used with x."""
 
 
 Forward = Callable[..., Tensor]
+Swap = tuple[torch.nn.Module, Forward]
 
-# Of a spatial attention's path, "k" or "v", and those tokens [videos, frames, tiles, n, c] of the frames at hand: those
-# of the video's first frame [videos, 1, tiles, n, c], where it is not the first of them.
+# (path of a spatial attention, "k" or "v", tokens [chunks, frames, tiles, n, c] of the frames at hand) -> the tokens
+# [chunks, 1, tiles, n, c] of the video's first frame, where it is not the first of them.
 FirstFrame = Callable[[str, str, Tensor], Tensor | None]
 
 
@@ -203,8 +68,8 @@ def _spatial_attention(
     def gather(name: str, tokens: Tensor) -> Tensor:
         first = None
         if first_frame is not None:
-            first = first_frame(path, name, by_frame(tokens, layout.frames, layout.videos))
-        return gather_frames(tokens, layout.frames, layout.videos, mode, first)
+            first = first_frame(path, name, by_frame(tokens, layout.frames, layout.chunks))
+        return gather_frames(tokens, layout.frames, layout.chunks, mode, first)
 
     def forward(
         x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Any = None, **options: Any
@@ -229,8 +94,9 @@ def _with_temporal(original: Forward, layer: TemporalLayer, strength: float, lay
 
 def _pooled(norm: torch.nn.GroupNorm, silu: bool, layout: Layout, backend: Backend) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        weight, bias = backend.affine(norm, x)
-        return pooled_group_norm(x, layout.frames, norm.num_groups, weight, bias, norm.eps, silu)
+        with backend.affine(norm, x) as (weight, bias):
+            assert bias is not None
+            return pooled_group_norm(x, layout.frames, norm.num_groups, weight, bias, norm.eps, silu)
 
     return forward
 
@@ -246,12 +112,12 @@ def inflated_forwards(
     layout: Layout,
     backend: Backend,
     first_frame: FirstFrame | None = None,
-) -> list[tuple[torch.nn.Module, Forward]]:
-    """Which modules of ``unet`` get which forward. ``layers``: temporal layers by block path.
+) -> list[Swap]:
+    """Return which modules of ``unet`` get which forward.
 
-    ``first_frame``: where the frames are a window of a longer video.
+    ``layers``: temporal layers by block path. ``first_frame``: for frames that are a window of a longer video.
     """
-    swaps: list[tuple[torch.nn.Module, Forward]] = []
+    swaps: list[Swap] = []
     for path, block in transformer_blocks(unet).items():
         # Some upscalers have cross-attention in attn1's place; there are no frames to look at in a text.
         if inflation.attention != "per frame" and not block.disable_self_attn:
@@ -269,8 +135,11 @@ def inflated_forwards(
 
 
 @contextmanager
-def swapped(swaps: list[tuple[torch.nn.Module, Forward]]) -> Iterator[None]:
-    """Give modules other forwards; on exit each has again exactly what it had, another pack's swap included."""
+def swapped(swaps: list[Swap]) -> Iterator[None]:
+    """Give modules other forwards; on exit each has again exactly what it had, another pack's swap included.
+
+    A later entry for the same module wins.
+    """
     missing = object()
     before = [(module, module.__dict__.get("forward", missing)) for module, _ in swaps]
     try:

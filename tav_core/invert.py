@@ -7,19 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .schedule import to_ve, to_vp
-
-Denoiser = Callable[..., Tensor]
+from .schedule import to_ve
 
 
 def ddim_invert(
-    model: Denoiser,
+    model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
-    v_level: str = "evaluated",
 ) -> Tensor:
     """Walk a clean latent up the noise levels (a sampler function in k-diffusion's manner).
 
@@ -29,9 +26,7 @@ def ddim_invert(
 
     Released code (``ddim_loop``, ``next_step``): at each step the network is evaluated at the *higher* of
     the two timesteps on the latent of the lower one, hence the rescaling of its input. The released helper
-    ignores v-prediction. ``v_level`` says at which of the two levels a v is turned into noise: "evaluated",
-    the network's own, gives what an epsilon network of the same knowledge would, and inverts several times
-    more closely; "latent" is diffusers' DDIMInverseScheduler, for comparing with its results.
+    ignores v-prediction; here a v becomes noise at the level that the network was evaluated at.
     """
     x = to_ve(x, sigmas[0])
     rows = x.new_ones([x.shape[0]])
@@ -40,10 +35,6 @@ def ddim_invert(
         seen = x * ((1 + up**2) / (1 + now**2)) ** 0.5
         denoised = model(seen, up * rows, **(extra_args or {}))
         eps = (seen - denoised) / up
-        if v_level == "latent":
-            vp = to_vp(x, now)
-            v = eps * (1 + up**2) ** 0.5 - vp * up
-            eps = to_vp(v + vp * now, now)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": now, "sigma_hat": up, "denoised": denoised})
         x = x + (up - now) * eps

@@ -1,6 +1,6 @@
 """GroupNorm whose statistics are pooled over all frames of a video, and the SiLU behind it.
 
-The released code norms the 5-D tensor [videos, c, frames, h, w] in its residual blocks and output head.
+The released code norms the 5-D tensor [chunks, c, frames, h, w] in its residual blocks and output head.
 Here frames stay on the batch axis; only the statistics cross them.
 """
 
@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 
 def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation in float32, each [videos, groups], of x [videos, frames, c, h, w]."""
-    grouped = x.unflatten(2, (groups, -1)).flatten(3)
+    """Return mean and reciprocal standard deviation, float32 [chunks, groups], of x [chunks, frames, c, h, w]."""
+    grouped = rearrange(x, "chunks frames (groups c) h w -> chunks frames groups (c h w)", groups=groups)
     var, mean = torch.var_mean(grouped.float(), dim=(1, 3), correction=0)
     return mean, (var + eps).rsqrt()
 
 
 def _per_channel(stat: Tensor, channels: int) -> Tensor:
-    """[videos, groups] -> [videos, 1, c, 1, 1]."""
-    return stat.repeat_interleave(channels // stat.shape[1], dim=1)[:, None, :, None, None]
+    """Spread [chunks, groups] over channels: [chunks, 1, c, 1, 1]."""
+    return repeat(stat, "chunks groups -> chunks 1 (groups c) 1 1", c=channels // stat.shape[1])
 
 
 class _PooledGroupNorm(torch.autograd.Function):
-    """Affine parameters are frozen; only x gets a gradient. Saves x and one pair of numbers per group."""
+    """Pooled norm for frozen affine parameters: only x gets a gradient. Saves x and two numbers per group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -56,7 +57,7 @@ class _PooledGroupNorm(torch.autograd.Function):
         per_channel_x = (grad.float() * x.float()).sum(dim=(1, 3, 4), keepdim=True) * weight
 
         def group_sum(t: Tensor) -> Tensor:
-            return t.flatten(1).unflatten(1, (groups, -1)).sum(2)
+            return rearrange(t, "chunks 1 (groups c) 1 1 -> chunks groups c", groups=groups).sum(2)
 
         sum_g = group_sum(per_channel)
         sum_gx = (group_sum(per_channel_x) - mean * sum_g) * rstd
@@ -70,10 +71,12 @@ class _PooledGroupNorm(torch.autograd.Function):
 def pooled_group_norm(
     x: Tensor, frames: int, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
 ) -> Tensor:
-    """GroupNorm of x [videos * frames, c, h, w] with statistics per video and group over all its frames.
+    """GroupNorm of x [chunks * frames, c, h, w] with statistics per chunk and group over all its frames.
 
     ``weight`` and ``bias``: [c], frozen (no gradient flows to them). ``silu``: apply it to the result. With
     ``frames`` = 1 this is GroupNorm.
     """
-    video = x.unflatten(0, (-1, frames))
-    return _PooledGroupNorm.apply(video, groups, weight, bias, eps, silu).flatten(0, 1)
+    video = rearrange(x, "(chunks frames) c h w -> chunks frames c h w", frames=frames)
+    return rearrange(
+        _PooledGroupNorm.apply(video, groups, weight, bias, eps, silu), "chunks frames c h w -> (chunks frames) c h w"
+    )

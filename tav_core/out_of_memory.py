@@ -1,4 +1,4 @@
-"""Allocations that failed, whoever failed them: to be known as such, and to be told of in words."""
+"""Recognise failed allocations of every library, and report them by the name of an input."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SIGNS = ("out of memory", "allocate memory", "unable to allocate", "alloc_faile
 
 
 class OutOfMemoryError(RuntimeError):
-    """What is too large, by the name of the input, and what to do about it."""
+    """An input that is too large, by its name, with what to do about it."""
 
 
-def told_of(text: str) -> bool:
-    """Whether a program's last words, or an error's, are of memory that ran out."""
+def mentions_oom(text: str) -> bool:
+    """Say whether the text of an error, or a program's last output, reports a failed allocation."""
     return any(sign in text.lower() for sign in _SIGNS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed.
+    """Say whether an error is a failed allocation.
 
     PyTorch has a class of error for accelerators alone. On the CPU it raises RuntimeError ("DefaultCPUAllocator:
     can't allocate memory"), so do cuBLAS and Apple's backend; NumPy and Python raise MemoryError, the system ENOMEM.
@@ -29,13 +29,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):  # of any device
-        return isinstance(error, OutOfMemoryError) or told_of(str(error))
+        return isinstance(error, OutOfMemoryError) or mentions_oom(str(error))
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 @contextmanager
-def explained(name: str, remedy: str) -> Iterator[None]:
-    """Within: a failed allocation becomes an OutOfMemoryError that names an input and says what to do."""
+def naming_input(name: str, remedy: str) -> Iterator[None]:
+    """Turn an allocation that fails inside into an OutOfMemoryError with an input's name and a remedy."""
     try:
         yield
     except Exception as error:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from .schedule import to_vp
 
-Denoiser = Callable[..., Tensor]
-
 
 def ddim_sample(
-    model: Denoiser,
+    model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...tav_core import host
-from ...tav_core.out_of_memory import OutOfMemoryError, explained
+from ...tav_core.out_of_memory import OutOfMemoryError, naming_input
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def memory_explained(name: str, remedy: str) -> Iterator[None]:
     The host itself puts models aside for errors of the accelerator's allocator, which a node's own words hide from it.
     """
     try:
-        with explained(name, remedy):
+        with naming_input(name, remedy):
             yield
     except OutOfMemoryError:
         host.put_models_aside()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,11 +128,15 @@ def disk_explained(option: str) -> Iterator[None]:
         ) from error
 
 
-def state_folder() -> Path | None:
-    """Where unfinished runs are kept: below the output folder, because the host empties its temp folder at its start.
+def state_folder(warn: Callable[[str], None]) -> Path | None:
+    """Return the folder of unfinished runs: below the output folder, because the host empties its temp folder at start.
 
-    None if a link leads out of it: files that are old are removed there.
+    None, with a warning, if a link leads out of the output folder: old files are deleted there.
     """
     output = folder_paths.get_output_directory()
     folder = Path(output, ".tune-a-video")
-    return folder if _is_inside(str(folder), output) else None
+    if _is_inside(str(folder), output):
+        return folder
+    logging.warning("Tune-A-Video: .tune-a-video leads out of the output folder; no state of this run is kept")
+    warn("its folder leads out of the output folder")
+    return None

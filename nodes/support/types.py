@@ -6,6 +6,9 @@ from comfy_api.latest import io
 
 CATEGORY = "Tune-A-Video"
 
+# Kept in an inverted LATENT beside its samples, so that a masked edit can keep the clip outside its mask.
+CLIP_KEY = "tav_clip"
+
 MotionType = io.Custom("TAV_MOTION")
 
 _TAKES_ALIASES = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}

@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..out_of_memory import told_of
+from ..out_of_memory import mentions_oom
 
 START_UNITS = ("seconds", "frames")
 RESIZE_MODES = ("crop to fill", "fit", "stretch", "keep")
@@ -398,7 +398,7 @@ def read_frames(
         except _CannotReadError as error:
             reason = str(error)
             logging.info("%s: %s does not read it (%s)", info.name, reader.__name__, reason)
-    if told_of(reason):
+    if mentions_oom(reason):
         raise MemoryError(reason)
     raise ValueError(
         f"file: '{info.name}' is damaged or truncated: {done} of the {len(indices)} wanted frames could be"

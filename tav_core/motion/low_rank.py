@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..inflate import draw_temporal
 from ..out_of_memory import is_out_of_memory
+from ..temporal import draw_temporal
 from .file import Motion
 
 RANK_KEY, SEED_KEY, KEPT_KEY = "rank", "temporal_seed", "kept"

@@ -1,6 +1,6 @@
-"""The state of a tuning run on disk, so that a run that was cut off goes on where it was.
+"""Keep the state of a tuning run on disk, so that a run that was cut off resumes.
 
-A run is known by a fingerprint of all that decides its result, which is also its file's name: another run
+A run is known by a fingerprint of everything that decides its result, which is also its file's name: another run
 never reads it. The files are safetensors with JSON in their metadata; they appear whole or not at all.
 """
 
@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,20 @@ from torch import Tensor
 
 from ..motion.file import write_safetensors
 from ..out_of_memory import is_out_of_memory
+from .trainer import Trainer
 
 FORMAT = "tune-a-video run 1"
-# Runs that nobody went on with go after this many seconds, and the oldest when there are more than so many.
+# Unfinished runs are deleted after KEPT_FOR seconds; of the others the KEPT_RUNS newest are kept.
 KEPT_FOR = 3 * 24 * 3600.0
 KEPT_RUNS = 3
-# What this module names its files, and no other: a run, or what is being written of one.
+# The names that this module gives its files: a run, or a run that is being written.
 _OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}.*\.part")
-# At most this share of the time is spent on writing.
+# The largest share of the time that writing may take.
 _SHARE_OF_TIME = 0.05
 
 
-@dataclass(frozen=True)
-class State:
-    """What a run needs to go on: tensors by name, and values that JSON gives back as they were."""
-
-    tensors: Mapping[str, Tensor]
-    values: Mapping[str, Any]
-
-
 def fingerprint(values: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256, in hex, of JSON values and of tensors: names, dtypes, shapes and every byte, on any device."""
+    """Return the SHA-256, in hex, of JSON values and of tensors: names, dtypes, shapes and every byte."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in tensors:
         data = tensor.detach().cpu().contiguous()
@@ -54,62 +46,102 @@ def fingerprint(values: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class Checkpoint:
-    """The file of one run in ``folder``.
+    """The file of one run in ``folder``; as a context, it restores the run and saves it whatever ends it.
 
-    Written every ``interval`` seconds, or more seldom if writing is slow; 0 = after every step, however slow.
-    No method raises for a file or a disk that fails: the run goes on without, and the log and ``warn`` say so.
+    Entering loads an earlier state of the same run into ``trainer``. ``save`` writes when it is due: every ``interval``
+    seconds, or more seldom if writing is slow; 0 = after every step. Leaving writes the last consistent state, also on
+    an exception; a run that has diverged is forgotten. A file or a disk that fails stops no run: the log and ``warn``
+    report it. ``folder`` None keeps nothing.
     """
 
-    def __init__(self, folder: Path, run: str, interval: float, warn: Callable[[str], None] | None = None) -> None:
-        self.path = folder / f"{run}.safetensors"
-        self._run, self._interval, self._tell = run, interval, warn
+    def __init__(
+        self,
+        folder: Path | None,
+        trainer: Trainer,
+        warn: Callable[[str], None] | None = None,
+        interval: float = 60.0,
+    ) -> None:
+        self._trainer, self._interval, self._report = trainer, interval, warn
+        self._file: RunFile | None = None
+        if folder is not None:
+            run = fingerprint(trainer.decisive, trainer.decisive_tensors())
+            self._file = RunFile(folder / f"{run}.safetensors", run)
         self._due = time.monotonic() + interval
+
+    def __enter__(self) -> Checkpoint:
+        if self._file is not None:
+            self._file.tidy()
+            if trouble := self._file.trouble(self._trainer.state_bytes):
+                self._warn(f"{trouble}: if the run is cut off, it starts again from the beginning")
+            state = self._file.read()
+            if state is not None:
+                self._trainer.load_state_dict(*state)
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._file is None:
+            return
+        if kind is None and self._trainer.diverged:
+            self._file.path.unlink(missing_ok=True)
+        elif self._trainer.is_consistent:
+            self._write()
+
+    def save_if_due(self) -> None:
+        """Write the run's state when it is time to."""
+        if self._file is not None and time.monotonic() >= self._due:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._file is not None
+        began = time.monotonic()
+        try:
+            self._file.write(*self._trainer.state_dict())
+        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+            self._warn(f"this run's state cannot be written to {self._file.path} ({error})")
+        now = time.monotonic()
+        self._due = now + (max(self._interval, (now - began) / _SHARE_OF_TIME) if self._interval else 0.0)
 
     def _warn(self, text: str) -> None:
         logging.warning("Tune-A-Video: %s", text)
-        if self._tell is not None:
-            self._tell(text)
+        if self._report is not None:
+            self._report(text)
 
-    def check(self, size: int) -> None:
-        """Say so, before the work, if the folder cannot take a state of ``size`` bytes."""
+
+class RunFile:
+    """The state of one run on disk. ``run``: its fingerprint, by which a file of another run is told apart."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self._run = path, run
+
+    def trouble(self, size: int) -> str:
+        """Say why the folder cannot take a state of ``size`` bytes; "" if it can."""
         folder = self.path.parent
-        # While a state is written, the one before it is there still.
+        # The previous state stays until the new one is written.
         needed = size if self.path.exists() else 2 * size
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 free = shutil.disk_usage(folder).free
         except OSError as error:
-            reason = str(error)
-        else:
-            if free >= needed:
-                return
-            reason = f"{free / 2**20:.0f} MiB are left on the disk, {needed / 2**20:.0f} MiB are needed"
-        self._warn(f"this run's state cannot be kept in {folder} ({reason}): if it is cut off, it starts anew")
+            return f"this run's state cannot be kept in {folder} ({error})"
+        if free >= needed:
+            return ""
+        figures = f"{free / 2**20:.0f} MiB are left on the disk, {needed / 2**20:.0f} MiB are needed"
+        return f"this run's state cannot be kept in {folder} ({figures})"
 
-    def due(self) -> bool:
-        """Whether it is time to write."""
-        return time.monotonic() >= self._due
+    def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Replace the state. Raises OSError, RuntimeError, MemoryError or SafetensorError where that fails."""
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {
+            "format": FORMAT,
+            "run": self._run,
+            "values": json.dumps(values),
+            "sha256": fingerprint(values, sorted(on_cpu.items())),
+        }
+        write_safetensors(on_cpu, metadata, self.path)
 
-    def write(self, state: State) -> None:
-        """Put ``state`` in the place of what was written before."""
-        began = time.monotonic()
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-            metadata = {
-                "format": FORMAT,
-                "run": self._run,
-                "values": json.dumps(state.values),
-                "sha256": fingerprint(state.values, sorted(tensors.items())),
-            }
-            write_safetensors(tensors, metadata, self.path)
-        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-            self._warn(f"this run's state cannot be written to {self.path} ({error})")
-        now = time.monotonic()
-        self._due = now + (max(self._interval, (now - began) / _SHARE_OF_TIME) if self._interval else 0.0)
-
-    def read(self) -> State | None:
-        """What was written last; None if there is nothing, or nothing that can be trusted."""
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and values written last; None if there are none, or none that can be trusted."""
         if not self.path.is_file():
             return None
         try:
@@ -126,14 +158,10 @@ class Checkpoint:
                 raise
             logging.warning("Tune-A-Video: %s is damaged (%s); tuning starts from the beginning", self.path, error)
             return None
-        return State(tensors, values)
-
-    def remove(self) -> None:
-        """Forget the run."""
-        self.path.unlink(missing_ok=True)
+        return tensors, values
 
     def tidy(self) -> None:
-        """Remove runs that are too old or too many, and what writers that were killed left of this one."""
+        """Delete runs that are too old or too many, and the partial files of this one."""
         try:
             for partial in self.path.parent.glob(f".{self._run}*.part"):
                 _remove(partial)
@@ -148,7 +176,7 @@ class Checkpoint:
 
 
 def _remove(path: Path) -> None:
-    """A file, or the folder that a writer which was killed left, with what is in it."""
+    """Delete a file, or the folder that a killed writer left."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

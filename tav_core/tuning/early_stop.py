@@ -1,4 +1,4 @@
-"""When a tuning has stopped getting better: its loss jumps from step to step, so only its mean over many tells."""
+"""Find the step at which a tuning stopped improving: the loss jumps from step to step, so its mean decides."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def end_of_progress(losses: Sequence[float], patience: int) -> int | None:
-    """The number of steps after which the loss had not fallen for ``patience`` steps; None if it still falls.
+def stopped_improving_at(losses: Sequence[float], patience: int) -> int | None:
+    """Return the number of steps after which the loss had not fallen for ``patience`` steps; None if it still falls.
 
     The loss is smoothed over the last ``patience`` steps; ``patience`` steps after its lowest value, progress is
     over, which is after twice as many at the earliest. It depends on nothing that comes after the step it names.

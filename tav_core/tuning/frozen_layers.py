@@ -1,80 +1,84 @@
 """Layers whose weights do not learn: gradients flow through them, none flow to them.
 
 Two reasons not to leave this to autograd. ComfyUI's loaded weights are inference tensors, which autograd
-refuses to save for a backward pass; and the native convolution saves its input even when only the input's
-gradient is wanted. These functions save neither: they keep a callable that yields the weight again, so
-weights that the host keeps elsewhere (offloaded, in another dtype, with a LoRA applied on the fly) are
-fetched a second time instead of being held.
+refuses to save for a backward pass. And the native convolution saves its input even when only the input's
+gradient is wanted. These functions save neither. They keep a callable that lends the weight again, so weights
+that the host keeps elsewhere (offloaded, in another dtype, with a LoRA applied on the fly) are borrowed twice
+instead of being held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 WeightAndBias = tuple[Tensor, Tensor | None]
-Fetch = Callable[[Tensor], WeightAndBias]
+# Lends a layer's weight and bias in the dtype and on the device of the given tensor.
+Lend = Callable[[Tensor], AbstractContextManager[WeightAndBias]]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fetch: Fetch) -> Tensor:
-        ctx.fetch = fetch
-        weight, bias = fetch(x)
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, lend: Lend) -> Tensor:
+        ctx.lend = lend
+        with lend(x) as (weight, bias):
+            return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, _ = ctx.fetch(grad)
-        # As one product: one of a batch that is not contiguous would copy the weight for each of its rows.
-        return (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], -1), None
+        with ctx.lend(grad) as (weight, _):
+            # As one product: a batched one that is not contiguous would copy the weight for each of its rows.
+            return (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], -1), None
 
 
-# On the CPU the library's convolution first copies all its weights into an order of its own. With fewer output
-# positions than this that costs more than the products themselves (three to five times, measured at 8 frames).
+# On the CPU the library's convolution first copies its weights into an order of its own. With fewer output positions
+# than this the copy costs more than the products themselves (three to five times, measured at 8 frames).
 _FEW_POSITIONS = 96
 
 
 def _as_product(x: Tensor, module: torch.nn.Conv2d) -> bool:
-    """Whether a convolution is better computed as one matrix product over unfolded patches."""
+    """Say whether a convolution is faster as one matrix product over unfolded patches."""
     positions = x.shape[0] * x.shape[2] * x.shape[3]
     return x.device.type == "cpu" and positions <= _FEW_POSITIONS and module.groups == 1
 
 
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: torch.nn.Conv2d, fetch: Fetch) -> Tensor:
-        ctx.module, ctx.fetch, ctx.shape = module, fetch, x.shape
-        weight, bias = fetch(x)
-        if not _as_product(x, module):
-            return module._conv_forward(x, weight, bias)
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-        # Frames and positions on one axis: as a batch of products each frame would read all weights again.
-        out = F.linear(patches.mT.flatten(0, 1), weight.flatten(1), bias)
-        return out.view(x.shape[0], *_out_size(x, module), -1).permute(0, 3, 1, 2).contiguous()
+    def forward(ctx: Any, x: Tensor, module: torch.nn.Conv2d, lend: Lend) -> Tensor:
+        ctx.module, ctx.lend, ctx.shape = module, lend, x.shape
+        with lend(x) as (weight, bias):
+            if not _as_product(x, module):
+                return module._conv_forward(x, weight, bias)
+            patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+            # Frames and positions on one axis: as a batch of products each frame would read all weights again.
+            out = F.linear(rearrange(patches, "f c n -> (f n) c"), weight.flatten(1), bias)
+            height, width = _out_size(x, module)
+            return rearrange(out, "(f h w) c -> f c h w", h=height, w=width).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         m, shape = ctx.module, ctx.shape
-        weight, _ = ctx.fetch(grad)
-        # Only the shape of the input enters its gradient.
-        x = grad.new_empty(1).expand(shape)
-        if _as_product(x, m):
-            patches = grad.flatten(2).mT.flatten(0, 1) @ weight.flatten(1)
-            patches = patches.view(shape[0], -1, patches.shape[1]).mT
-            return F.fold(patches, shape[2:], m.kernel_size, m.dilation, m.padding, m.stride), None, None
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
-        )
-        return dx, None, None
+        with ctx.lend(grad) as (weight, _):
+            # Only the shape of the input enters its gradient.
+            x = grad.new_empty(1).expand(shape)
+            if _as_product(x, m):
+                patches = rearrange(grad, "f c h w -> (f h w) c") @ weight.flatten(1)
+                patches = rearrange(patches, "(f n) c -> f c n", f=shape[0])
+                return F.fold(patches, shape[2:], m.kernel_size, m.dilation, m.padding, m.stride), None, None
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
+            )
+            return dx, None, None
 
 
 def _out_size(x: Tensor, m: torch.nn.Conv2d) -> list[int]:
-    """Height and width of a convolution's output."""
+    """Return height and width of a convolution's output."""
     return [
         (x.shape[2 + i] + 2 * int(m.padding[i]) - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1
         for i in range(2)
@@ -100,15 +104,15 @@ class _GatedGelu(torch.autograd.Function):
 
 
 def gated_gelu(projected: Tensor) -> Tensor:
-    """x * gelu(gate) of projected [..., 2 c] = (x, gate); saves that alone, and computes gelu twice."""
+    """Return x * gelu(gate) for projected [..., 2 c] = (x, gate); saves that alone, and computes gelu twice."""
     return _GatedGelu.apply(projected)
 
 
-def frozen_linear(x: Tensor, fetch: Fetch) -> Tensor:
-    """``F.linear`` with the weight and bias that ``fetch(x)`` yields, in x's dtype and on x's device."""
-    return _FrozenLinear.apply(x, fetch)
+def frozen_linear(x: Tensor, lend: Lend) -> Tensor:
+    """Apply ``F.linear`` with the weight and bias that ``lend(x)`` lends."""
+    return _FrozenLinear.apply(x, lend)
 
 
-def frozen_conv2d(x: Tensor, module: torch.nn.Conv2d, fetch: Fetch) -> Tensor:
-    """The convolution of ``module`` with the weight and bias that ``fetch(x)`` yields."""
-    return _FrozenConv2d.apply(x, module, fetch)
+def frozen_conv2d(x: Tensor, module: torch.nn.Conv2d, lend: Lend) -> Tensor:
+    """Apply the convolution of ``module`` with the weight and bias that ``lend(x)`` lends."""
+    return _FrozenConv2d.apply(x, module, lend)

@@ -1,4 +1,4 @@
-"""Copies between RAM and a device that the host does not wait for."""
+"""Copy between RAM and a device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from torch import Tensor
 
 
 def to_device(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of ``value`` in the dtype and on the device of ``like``.
+    """Copy ``value`` to the dtype and device of ``like``.
 
-    To a CUDA device it goes through memory that the device reads by itself: an ordinary copy would wait for all work
-    before it.
+    To a CUDA device the copy goes through pinned memory: an ordinary copy would wait for all work before it.
     """
     if like.is_cuda and not value.is_cuda:
         return value.to(like.dtype).pin_memory().to(like.device, non_blocking=True)
     return value.to(like, copy=True)
 
 
-class Later:
-    """What a tensor holds by now, to be read later without waiting for what is done to it in between."""
+class AsyncCopy:
+    """A copy of a tensor in RAM that is started now; ``read`` waits for it."""
 
     def __init__(self, value: Tensor) -> None:
         self._ready: torch.cuda.Event | None = None
@@ -27,10 +26,10 @@ class Later:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(value.device))
         else:
-            self._value = value.detach().cpu()
+            self._value = value.detach().clone().cpu()
 
     def read(self) -> Tensor:
-        """The values, on the CPU; waits only if they are not there yet."""
+        """Return the values, on the CPU, as they were when the copy was started."""
         if self._ready is not None:
             self._ready.synchronize()
         return self._value

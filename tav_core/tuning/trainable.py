@@ -1,28 +1,26 @@
-"""A UNet prepared for one-shot tuning: which weights learn, and forwards that do no work for the others."""
+"""Choose and build the weights that learn: query projections and temporal attention (paper, section 4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attend
-from ..inflate import Forward, transformer_blocks
-from .frozen_layers import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
+from ..motion.file import QUERY_SUFFIX, Motion
+from ..temporal import TemporalLayer, build_temporal, initial_temporal, temporal_layers
+from ..unet import transformer_blocks
+from .training_unet import TrainingUNet
 
 TrainScope = Literal["all", "middle and up"]
 TRAIN_SCOPES: tuple[TrainScope, ...] = get_args(TrainScope)
 
-# Weight and bias of a module of the UNet, for use with the given input: its dtype, its device.
-FetchModule = Callable[[torch.nn.Module, Tensor], WeightAndBias]
-
 
 def in_scope(path: str, scope: TrainScope) -> bool:
-    """Whether a block learns. "all" is the paper; "middle and up" is what the released code really does.
+    """Say whether a block learns. "all" is the paper; "middle and up" is what the released code trains in effect.
 
     Its reentrant activation checkpointing passes no gradient to the down blocks.
     """
@@ -47,84 +45,63 @@ class CastingOperations:
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class TrainingBackend:
-    """Inflation's needs (``inflate.Backend``) met for training: differentiable, with normal tensors."""
+@dataclass(frozen=True)
+class TrainableWeights:
+    """The weights of a tuning run, float32, on its device.
 
-    def __init__(self, fetch: FetchModule) -> None:
-        self._fetch = fetch
-        self._affine: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-        """PyTorch's fused attention; the host's own may lack a backward pass."""
-        return attend(q, k, v, heads)
-
-    def affine(self, norm: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies that autograd may save (the host's are inference tensors); small, so made once and kept."""
-        if norm not in self._affine:
-            weight, bias = self._fetch(norm, x)
-            assert bias is not None
-            self._affine[norm] = (weight.detach().clone(), bias.detach().clone())
-        return self._affine[norm]
-
-
-def _query(weight: Tensor) -> Forward:
-    return lambda x: F.linear(x, weight.to(x.dtype))
-
-
-def _group_norm(norm: torch.nn.GroupNorm, backend: TrainingBackend) -> Forward:
-    return lambda x: F.group_norm(x, norm.num_groups, *backend.affine(norm, x), norm.eps)
-
-
-def _layer_norm(norm: torch.nn.LayerNorm, backend: TrainingBackend) -> Forward:
-    return lambda x: F.layer_norm(x, norm.normalized_shape, *backend.affine(norm, x), norm.eps)
-
-
-def _geglu(gate: Any) -> Forward:
-    return lambda x: gated_gelu(gate.proj(x))
-
-
-def _cross_attention(attn: Any, context: Tensor, fetch: FetchModule) -> Forward:
-    # The text and its projections are frozen: keys and values are the same in every step.
-    with torch.no_grad():
-        k = F.linear(context, *fetch(attn.to_k, context))
-        v = F.linear(context, *fetch(attn.to_v, context))
-
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        rows = x.shape[0]
-        keys, values = (t if t.shape[0] == rows else t[:1].expand(rows, -1, -1) for t in (k, v))
-        return attn.to_out(attend(attn.to_q(x), keys, values, attn.heads))
-
-    return forward
-
-
-def training_forwards(
-    unet: torch.nn.Module,
-    queries: Mapping[str, Tensor],
-    context: Tensor,
-    fetch: FetchModule,
-    backend: TrainingBackend,
-) -> list[tuple[torch.nn.Module, Forward]]:
-    """Forwards for tuning, to be swapped in before those of ``inflate.inflated_forwards``.
-
-    ``queries``: query projection weights [inner, c] by path, float32, the ones that learn and the ones that
-    merely differ from the UNet's. ``context``: text embedding, [1, tokens, c] for all frames or
-    [frames, tokens, c]. Every other layer becomes frozen: no weight gradient, no saved input.
+    ``queries``: query projection weights by path, those that learn and those that a start motion brings along.
+    ``temporal``: the temporal layers; ``layers``: the same by block path. ``trained``: the parameters that learn,
+    by motion key.
     """
-    swaps: list[tuple[torch.nn.Module, Forward]] = []
-    for path, module in unet.named_modules():
-        if f"{path}.weight" in queries:
-            swaps.append((module, _query(queries[f"{path}.weight"])))
-        elif isinstance(module, torch.nn.Linear):
-            swaps.append((module, partial(frozen_linear, fetch=partial(fetch, module))))
-        elif isinstance(module, torch.nn.Conv2d):
-            swaps.append((module, partial(frozen_conv2d, module=module, fetch=partial(fetch, module))))
-        elif isinstance(module, torch.nn.GroupNorm):
-            swaps.append((module, _group_norm(module, backend)))
-        elif isinstance(module, torch.nn.LayerNorm):
-            swaps.append((module, _layer_norm(module, backend)))
-    for block in transformer_blocks(unet).values():
-        gate = block.ff.net[0]
-        if hasattr(gate, "proj"):
-            swaps.append((gate, _geglu(gate)))
-        swaps.append((block.attn2, _cross_attention(block.attn2, context, fetch)))
-    return swaps
+
+    temporal: torch.nn.Module
+    layers: Mapping[str, TemporalLayer]
+    queries: Mapping[str, torch.nn.Parameter]
+    trained: Mapping[str, torch.nn.Parameter]
+
+    def motion(self, unet: TrainingUNet) -> Motion:
+        """Return the temporal weights, and the queries' differences from the model's, on the CPU."""
+        tensors = {key: value.detach().to("cpu", copy=True) for key, value in self.temporal.state_dict().items()}
+        for path, query in self.queries.items():
+            delta = query.detach() - unet.weight(path.removesuffix(".weight"))
+            tensors[path.removesuffix(".weight") + QUERY_SUFFIX] = delta.cpu()
+        return Motion(tensors)
+
+    def gradient_bytes(self) -> dict[str, int]:
+        """Return the bytes of gradients by transformer block."""
+        found: dict[str, int] = {}
+        for key, parameter in self.trained.items():
+            block = key.partition(".attn")[0]
+            found[block] = found.get(block, 0) + parameter.nbytes
+        return found
+
+
+def trainable_weights(
+    unet: TrainingUNet, train_scope: TrainScope, seed: int, start: Mapping[str, Tensor]
+) -> TrainableWeights:
+    """Build the weights at the start of a run. ``start``: float32 tensors of a start motion, none for a fresh run."""
+
+    def scope(path: str) -> bool:
+        return in_scope(path, train_scope)
+
+    temporal = initial_temporal(unet.module, scope, seed)
+    temporal.update({key: value for key, value in start.items() if not key.endswith(QUERY_SUFFIX)})
+    root = build_temporal(unet.module, temporal, CastingOperations, torch.float32).to(unet.device)
+    layers = temporal_layers(root)
+    queries: dict[str, torch.nn.Parameter] = {}
+    trained: dict[str, torch.nn.Parameter] = {}
+    for block in transformer_blocks(unet.module):
+        for path in (f"{block}.attn1.to_q", f"{block}.attn2.to_q"):
+            delta = start.get(path + QUERY_SUFFIX)
+            if delta is None and not scope(block):
+                continue
+            weight = unet.weight(path)
+            query = torch.nn.Parameter(weight if delta is None else weight + delta.to(weight), scope(block))
+            queries[path + ".weight"] = query
+            if scope(block):
+                trained[path + QUERY_SUFFIX] = query
+        if scope(block):
+            layers[block].attn_temp.requires_grad_(True)
+            for leaf, parameter in layers[block].attn_temp.named_parameters():
+                trained[f"{block}.attn_temp.{leaf}"] = parameter
+    return TrainableWeights(root, layers, queries, trained)

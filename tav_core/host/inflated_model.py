@@ -1,0 +1,184 @@
+"""Inflate a MODEL: a clone whose every evaluation sees its batch as frames of video."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..inflate import Inflation, Layout, inflated_forwards, swapped
+from ..motion.file import Motion, check_fits
+from ..temporal import TemporalLayer, build_temporal, temporal_layers
+from .lend import WeightAndBias, lent
+from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
+from .windows import FirstFrameCache, for_frames
+
+_KEY = "tune-a-video"
+_UNET_PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class InflationRecord:
+    """Inflation and motion that ``inflate_model`` put on a MODEL, kept with it so that they can be taken off again."""
+
+    inflation: Inflation
+    motion: Motion | None
+    query_strength: float
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return the very tensors that went into weight patches, by the path of their weight."""
+        return {} if self.motion is None else self.motion.query_deltas()
+
+
+class _HostBackend:
+    """Inflation's needs (``inflate.Backend``) met by the host: its attention, its weight casting."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, **options: Any) -> Tensor:
+        attention = comfy.ldm.modules.attention.optimized_attention
+        if not _passes_options(attention):
+            options.pop("transformer_options", None)
+        return attention(q, k, v, heads, **options)
+
+    def affine(self, norm: torch.nn.Module, x: Tensor) -> AbstractContextManager[WeightAndBias]:
+        return lent(norm, x)
+
+
+def _passes_options(attention: Callable[..., Tensor]) -> bool:
+    parameters = inspect.signature(attention).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or p.name == "transformer_options" for p in parameters)
+
+
+def inflation_of(model: ModelPatcher) -> InflationRecord | None:
+    """Return the inflation that a MODEL carries, None for a plain one."""
+    return getattr(model, "attachments", {}).get(_KEY)
+
+
+def check_motion(model: ModelPatcher, motion: Motion | None) -> None:
+    """Refuse a motion that does not fit a MODEL (ValueError)."""
+    if motion is not None:
+        check_fits(motion, query_shapes(model), family(model))
+
+
+def inflate_model(
+    model: ModelPatcher,
+    inflation: Inflation,
+    motion: Motion | None = None,
+    query_strength: float = 1.0,
+) -> Any:
+    """Return a clone of a MODEL that sees its batch as frames of video; replaces an inflation it carries already.
+
+    ``motion``: tuned weights; their query deltas are weight patches of ``query_strength``, which stack with
+    LoRAs in any order. The loaded model itself is not touched. Raises ValueError for models and motions that
+    don't fit.
+    """
+    unet = unet_of(model)
+    check_motion(model, motion)
+    inflated: Any = without_inflation(model)
+    layers: dict[str, TemporalLayer] = {}
+    if motion is not None:
+        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
+        inflated.add_patches(patches, query_strength)
+        root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(inflated))
+        layers = temporal_layers(root)
+        if layers and hasattr(inflated, "set_additional_models"):
+            patcher = comfy.model_patcher.ModelPatcher(root, inflated.load_device, inflated.offload_device)
+            inflated.set_additional_models(_KEY, [patcher])
+    _wrap(inflated, inflation, layers)
+    if hasattr(inflated, "set_attachments"):
+        inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
+    return inflated
+
+
+def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
+    """Have every evaluation of the model run inflated."""
+    first_frames = FirstFrameCache()
+
+    @contextmanager
+    def inflated(base_model: Any, rows: int, transformer_options: Mapping[str, Any]) -> Iterator[None]:
+        unet = base_model.diffusion_model
+        # The host runs several conditionings in one batch, each a whole video.
+        chunks = len(transformer_options.get("cond_or_uncond", ())) or 1
+        layout = Layout(frames=rows // chunks, chunks=chunks)
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
+        first = first_frames.lookup(layout, transformer_options)
+        with swapped(inflated_forwards(unet, inflation, layers, layout, _HostBackend(), first)):
+            yield
+
+    if hasattr(model, "add_wrapper_with_key"):
+        # Around apply_model, not around the UNet's forward: so the swaps also enclose a compiled UNet.
+        def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+            with inflated(executor.class_obj, given["x"].shape[0], given.get("transformer_options", {})):
+                return executor(*args, **kwargs)
+
+        fitted: Any = WeakIdKeyDictionary()
+
+        def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            given = inspect.signature(executor.original).bind(*args, **kwargs)
+            options = given.arguments.get("model_options", {})
+            handler = options.get("context_handler")
+            if hasattr(handler, "set_step"):
+                per_frame = fitted.setdefault(handler, for_frames(handler))
+                given.arguments["model_options"] = {**options, "context_handler": per_frame}
+            return executor(*given.args, **given.kwargs)
+
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+    else:
+
+        def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
+            with inflated(apply_model.__self__, args["input"].shape[0], args["c"]["transformer_options"]):
+                return apply_model(args["input"], args["timestep"], **args["c"])
+
+        model.set_model_unet_function_wrapper(unet_function)
+
+
+def without_inflation(model: ModelPatcher) -> Any:
+    """Return a clone of a MODEL without inflation and motion; LoRAs and everything else stay."""
+    record = inflation_of(model)
+    clone: Any = model.clone()
+    if record is None:
+        return clone
+    deltas = record.deltas()
+    ours = {id(delta) for delta in deltas.values()}
+    for path in deltas:
+        key = _UNET_PREFIX + path
+        others = [patch for patch in clone.patches.get(key, []) if not _holds(patch, ours)]
+        if others:
+            clone.patches[key] = others
+        else:
+            clone.patches.pop(key, None)
+    clone.add_patches({})  # gives the changed set of patches an identity of its own
+    clone.remove_additional_models(_KEY)
+    for kind in (comfy.patcher_extension.WrappersMP.APPLY_MODEL, comfy.patcher_extension.WrappersMP.PREDICT_NOISE):
+        clone.remove_wrappers_with_key(kind, _KEY)
+    clone.remove_attachments(_KEY)
+    return clone
+
+
+def _holds(patch: tuple[Any, ...], tensors: set[int]) -> bool:
+    value = patch[1]
+    return isinstance(value, tuple) and value[0] == "diff" and id(value[1][0]) in tensors
+
+
+def carried_motion(model: ModelPatcher) -> Motion | None:
+    """Return the motion that a MODEL carries, at the strengths it carries it with; None for none."""
+    record = inflation_of(model)
+    if record is None or record.motion is None:
+        return None
+    strength = {".diff": record.query_strength, ".to_out.0.weight": record.inflation.temporal_strength}
+    strength[".to_out.0.bias"] = strength[".to_out.0.weight"]
+    scaled = {
+        key: value * next((s for suffix, s in strength.items() if key.endswith(suffix)), 1.0)
+        for key, value in record.motion.tensors.items()
+    }
+    return replace(record.motion, tensors=scaled)

@@ -1,0 +1,110 @@
+"""Hold a node's LATENT, CONDITIONING and MOTION against the MODEL, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Refusal
+from .model import Conditioning, ModelPatcher, context_width, family
+
+
+def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
+    """Return the samples of a LATENT, [frames, c, h, w]. Raises ValueError if they don't suit the model."""
+    samples = latent["samples"]
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4:
+        raise Refusal(
+            "latent",
+            f"its shape is {list(samples.shape)}, but frames must lie on the batch axis: "
+            "[frames, channels, height, width]",
+            "Encode the frames with the VAE Encode node of an image model.",
+        )
+    if samples.shape[1] != channels:
+        raise Refusal(
+            "latent",
+            f"it has {samples.shape[1]} channels, the model takes {channels}",
+            "Encode the clip with the VAE of the model's own checkpoint.",
+        )
+    if 0 in samples.shape:
+        raise Refusal("latent", f"it is empty, its shape is {list(samples.shape)}", "Load at least one frame.")
+    if not torch.isfinite(samples).all():
+        raise Refusal(
+            "latent",
+            "it holds values that are not finite (NaN or infinity)",
+            "Encode the clip again, with the VAE in fp32 if it was fp16.",
+        )
+    mask = latent.get("noise_mask")
+    if mask is not None and not torch.isfinite(mask).all():
+        raise Refusal("latent", "its noise mask holds values that are not finite (NaN or infinity)", "Draw it again.")
+    return samples
+
+
+def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
+    """Refuse a CONDITIONING that the model or the clip cannot take. ``name``: the input's, for the message."""
+    connect = "Connect a CLIP Text Encode node."
+    if not conditioning:
+        raise Refusal(name, "it is empty", connect)
+    width = context_width(model)
+    for embedding, options in conditioning:
+        pooled = options.get("pooled_output")
+        if pooled is not None and not torch.isfinite(pooled).all():
+            raise Refusal(name, "its pooled text embedding holds NaN", connect)
+        if embedding.ndim != 3 or 0 in embedding.shape or not torch.isfinite(embedding).all():
+            shape = list(embedding.shape)
+            raise Refusal(
+                name, f"a text embedding of shape {shape} is not [prompts, tokens, width], or holds NaN", connect
+            )
+        if embedding.shape[-1] != width:
+            raise Refusal(
+                name,
+                f"its text embedding is {embedding.shape[-1]} wide, {family(model)} takes {width}",
+                "CLIP and model come from different families: use the CLIP of the model's own checkpoint.",
+            )
+        if embedding.shape[0] not in (1, frames):
+            raise Refusal(
+                name,
+                f"it holds {embedding.shape[0]} text embeddings for {frames} frames",
+                "Give one prompt for all frames, or one per frame.",
+            )
+    length = getattr(model.model_options.get("context_handler"), "context_length", frames)
+    if length < frames and any(_hints(options.get("control")) > 1 for _, options in conditioning):
+        raise Refusal(
+            name,
+            f"it has a ControlNet with a hint for each frame, and the model looks at {length} of {frames} frames at a "
+            "time. ComfyUI would give each window the hints of the first",
+            "Use one hint for all frames, or remove the context windows.",
+        )
+
+
+def check_single_prompt(conditioning: Conditioning) -> None:
+    """Refuse a CONDITIONING of several prompts, for a clip is tuned on exactly one (ValueError)."""
+    if len(conditioning) != 1:
+        raise Refusal(
+            "conditioning",
+            f"it holds {len(conditioning)} prompts, and a clip is tuned on exactly one",
+            "Connect one CLIP Text Encode node directly, without Conditioning (Combine).",
+        )
+
+
+def _hints(control: Any) -> int:
+    """Return the largest number of hints of a ControlNet and those chained before it; 0 for none."""
+    most = 0
+    while control is not None:
+        hint = getattr(control, "cond_hint_original", None)
+        most = max(most, 0 if hint is None else hint.shape[0])
+        control = getattr(control, "previous_controlnet", None)
+    return most
+
+
+def check_prediction(samples: Tensor) -> Tensor:
+    """Return what a sampler gave. Raises RuntimeError if it is not finite: the model overflowed on the way."""
+    if not torch.isfinite(samples).all():
+        raise RuntimeError(
+            "model: what it predicted is not finite (NaN or infinity). Half precision has overflowed, or the motion's "
+            "strengths are too high: start ComfyUI with --fp32-unet or --bf16-unet, or lower them."
+        )
+    return samples

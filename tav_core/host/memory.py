@@ -1,0 +1,39 @@
+"""Ask the host for memory on a device, and have it make room."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+
+from .model import ModelPatcher
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that can still be allocated on a device."""
+    return float(comfy.model_management.get_free_memory(device))
+
+
+def offload_weights(model: ModelPatcher, size: float) -> float:
+    """Have the host move about ``size`` bytes of a loaded MODEL's weights off its device; return how many went.
+
+    The layers then fetch them one by one, as they do where the host loads a model in part.
+    """
+    if model.load_device == model.offload_device:
+        return 0.0
+    return float(model.partially_unload(model.offload_device, int(size)) or 0)
+
+
+def weights_on_device(model: ModelPatcher) -> float:
+    """Return the bytes of a MODEL's weights that are on its device."""
+    return float(model.loaded_size())
+
+
+def release_cached_memory() -> None:
+    """Give back the memory that PyTorch's allocator holds in reserve."""
+    comfy.model_management.soft_empty_cache()
+
+
+def put_models_aside() -> None:
+    """Unload all models, as the host does when it runs out of memory; it loads them again when it needs them."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()

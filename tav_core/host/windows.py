@@ -1,0 +1,64 @@
+"""Long clips: the host evaluates them window by window, and every window still attends to the clip's first frame."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..inflate import FirstFrame, Layout
+
+
+class FirstFrameCache:
+    """Keys and values of a long video's first frame, for context windows that do not hold it.
+
+    Whenever a window holds frame 0, the tokens that the spatial attentions project from it are kept, one frame's
+    worth, and the windows after it attend to those in the place of their own first frame. So ST-Attn has its anchor at
+    no cost. A window that comes before any that holds frame 0 (looped schedules) sees the tokens of the step before,
+    or its own first frame.
+    """
+
+    def __init__(self) -> None:
+        # Keyed by the run's sigmas, which live as long as the run.
+        self._runs: Any = WeakIdKeyDictionary()
+
+    def lookup(self, layout: Layout, transformer_options: Mapping[str, Any]) -> FirstFrame | None:
+        """Return the ``first_frame`` of ``inflated_forwards`` for one call; None for a video in one piece."""
+        window, sigmas = transformer_options.get("context_window"), transformer_options.get("sample_sigmas")
+        indices = getattr(window, "index_list", None)
+        if indices is None or sigmas is None:
+            return None
+        kept: dict[Any, Tensor] = self._runs.setdefault(sigmas, {})
+        # A prompt's own identity: several may share one number in cond_or_uncond.
+        conds = transformer_options.get("uuids") or transformer_options.get("cond_or_uncond") or [0]
+        # Newer hosts put the frame before a window in front of it, so that the first has its previous one.
+        ahead = layout.frames - len(indices)
+        at = indices.index(0) + ahead if 0 in indices else None
+
+        def first_frame(path: str, name: str, tokens: Tensor) -> Tensor | None:
+            if at is not None:
+                first = tokens[:, at : at + 1]
+                for cond, one in zip(conds, first, strict=True):
+                    kept[path, name, cond] = one.clone()
+                return first
+            found = [kept.get((path, name, cond)) for cond in conds]
+            if any(one is None or one.shape[1:] != tokens.shape[2:] for one in found):
+                return None
+            return torch.stack([one for one in found if one is not None])
+
+        return first_frame
+
+
+def for_frames(handler: Any) -> Any:
+    """Copy the host's handler of context windows so that it takes a timestep for each frame.
+
+    The host compares them with all sigmas of the run, element by element. ComfyUI 0.3.64 fails then, unless there
+    are as many frames as sigmas, because it expects models whose batch is one video.
+    """
+    fitted, kind = copy.copy(handler), type(handler)
+    fitted.set_step = lambda timestep, *args, **kwargs: kind.set_step(fitted, timestep[:1], *args, **kwargs)
+    return fitted

@@ -1,0 +1,129 @@
+"""The whole job in three calls: tune, invert, sample.
+
+    motion, losses = tune(model, latents, source)
+    tuned = host.inflate_model(model, Inflation(), motion)
+    noise = invert(tuned, latents, source)
+    edited = sample(tuned, noise, positive, negative)
+
+``model`` is a ComfyUI MODEL; latents are [frames, c, h, w] in the host's LATENT scale; conditionings are ComfyUI's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import host, schedule
+from .errors import Refusal
+from .inflate import Inflation
+from .invert import ddim_invert
+from .motion.file import Motion
+from .sample import ddim_sample
+from .tuning.trainer import PAPER, Trainer, TuneSettings
+from .tuning.training_unet import training_unet
+
+
+def tune(
+    model: host.ModelPatcher,
+    latents: Tensor,
+    conditioning: host.Conditioning,
+    settings: TuneSettings | None = None,
+    inflation: Inflation = PAPER,
+    start: Motion | None = None,
+    precision: torch.dtype | None = None,
+) -> tuple[Motion, list[float]]:
+    """Tune a MODEL on one clip (paper, section 4.2); return the motion, float32, and the loss of every step.
+
+    An inflation that the model carries is replaced by ``inflation``. ``start``: a motion to go on from.
+    ``precision``: compute dtype, None for the model's own. For progress, checkpoints or an early end iterate
+    ``tuning.trainer.Trainer``. Raises ValueError for inputs that don't fit together, RuntimeError when no step went
+    well, OutOfMemoryError when no plan fits into memory.
+    """
+    host.check_motion(model, start)
+    with training_unet(host.without_inflation(model), latents, conditioning, precision) as unet:
+        trainer = Trainer(unet, settings or TuneSettings(), inflation, start)
+        for _ in trainer:
+            pass
+        return trainer.motion(), trainer.losses
+
+
+def invert(
+    model: host.ModelPatcher,
+    latent: Tensor,
+    conditioning: host.Conditioning,
+    steps: int = 50,
+    callback: host.StepCallback | None = None,
+) -> Tensor:
+    """Return the noise that the inflated MODEL maps back to the clip, by ``steps`` steps of DDIM inversion.
+
+    The result is scaled as samplers expect a fully noised latent. Raises RuntimeError where it is not finite.
+    """
+    sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
+    inverted = host.run_sampler(
+        model, ddim_invert, sigmas, (conditioning, conditioning), 1.0, latent, callback=callback
+    )
+    return host.check_prediction(inverted)
+
+
+def sample(
+    model: host.ModelPatcher,
+    latent: Tensor,
+    positive: host.Conditioning,
+    negative: host.Conditioning,
+    steps: int = 50,
+    guidance: float = 12.5,
+    *,
+    clip: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    callback: host.StepCallback | None = None,
+    **options: Any,
+) -> Tensor:
+    """Sample the edited clip from the inverted ``latent`` by DDIM with classifier-free guidance.
+
+    ``noise_mask``: a LATENT's mask; only where it is 1 the clip changes. It needs ``clip``, the latent that was
+    inverted. ``options``: ``eta`` 0 (DDIM) to 1, ``seed`` of its noise, ``last_step`` of
+    ``schedule.sampling_sigmas``. Raises ValueError for a mask without its clip, RuntimeError where the result is not
+    finite.
+    """
+    seed = options.pop("seed", 0)
+    sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps, options.pop("last_step", "clip noise level"))
+    start, noise = latent, None
+    if noise_mask is not None:
+        start, noise = _clip_and_noise(model, latent, clip, float(sigmas[0]))
+    edited = host.run_sampler(
+        model,
+        ddim_sample,
+        sigmas,
+        (positive, negative),
+        guidance,
+        start,
+        noise=noise,
+        noise_mask=noise_mask,
+        seed=seed,
+        callback=callback,
+        noise_seed=seed,
+        **options,
+    )
+    edited = host.check_prediction(edited)
+    if noise_mask is not None:
+        # The last level, alpha_bar[0], is not quite clean: outside the mask the clip must be exact.
+        edited = host.paste_masked(edited, start, noise_mask)
+    return edited
+
+
+def _clip_and_noise(
+    model: host.ModelPatcher, latent: Tensor, clip: Tensor | None, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Split an inverted latent into the clip and the noise that was added to it at ``sigma``.
+
+    The host keeps the unmasked part of a clean latent plus noise; so a masked edit starts from these two.
+    """
+    if clip is None or clip.shape != latent.shape:
+        raise Refusal(
+            "latent",
+            "it has a noise mask, but not the clip that was inverted",
+            "Set the mask (Set Latent Noise Mask) on the output of DDIM Invert, or before it on the clip.",
+        )
+    return clip, host.model_scale(model) * (latent - clip) / sigma

@@ -1,0 +1,129 @@
+"""A loaded UNet to tune on one clip: inflated, differentiable, its own again between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..inflate import Inflation, Layout, Swap, inflated_forwards
+from ..out_of_memory import naming_input
+from ..temporal import TemporalLayer
+from .cast_cache import CastWeightCache
+from .differentiable import TrainingBackend, training_forwards
+
+_NO_MEMORY = (
+    "Use fewer frames or a smaller size, set train_scope to middle and up, or close what else takes memory. The run's "
+    "last written state is kept: queued again, it resumes from there."
+)
+
+
+@dataclass(frozen=True)
+class TrainingUNet:
+    """A loaded UNet and the clip that it is tuned on; made by ``training_unet``.
+
+    ``module``: the host's UNet. ``latents``: the clip [frames, c, h, w], float32, in the UNet's own
+    (variance-preserving) scale. ``sigmas``: noise level per training timestep. ``prediction``: "epsilon" or "v".
+    """
+
+    model: host.ModelPatcher
+    module: torch.nn.Module
+    latents: Tensor
+    conditions: host.UNetConditions
+    sigmas: Tensor
+    prediction: str
+    device: torch.device
+    dtype: torch.dtype
+    cast_cache: CastWeightCache
+
+    def weight(self, path: str) -> Tensor:
+        """Return a copy of a layer's weight as the model uses it (LoRAs applied), float32, on the device."""
+        with host.lent(self.module.get_submodule(path), torch.empty(0, device=self.device)) as (weight, _):
+            return weight.detach().clone()
+
+    def fingerprint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor that decides a prediction: latents, conditioning, sigmas, each layer's weight and bias.
+
+        Weights come as the model uses them (LoRAs applied), in the dtype that they are stored in. Each is valid until
+        the next is asked for.
+        """
+        yield from (("latents", self.latents), ("sigmas", self.sigmas), ("context", self.conditions.context))
+        yield from sorted(self.conditions.extra.items())
+        if self.conditions.concat is not None:
+            yield "concat", self.conditions.concat
+        for path, layer in self.module.named_modules():
+            if isinstance(getattr(layer, "weight", None), Tensor):
+                with host.lent(layer, torch.empty(0, device=self.device)) as (weight, bias):
+                    yield f"{path}.weight", weight.to(layer.weight.dtype)
+                    if bias is not None:
+                        yield f"{path}.bias", bias.to(layer.weight.dtype)
+
+    def forwards(
+        self,
+        inflation: Inflation,
+        layers: Mapping[str, TemporalLayer],
+        queries: Mapping[str, Tensor],
+        frames: int,
+    ) -> list[Swap]:
+        """Return the forwards with which ``predict`` is inflated and differentiable in ``layers`` and ``queries``.
+
+        ``frames``: the length of the clips that ``predict`` will get.
+        """
+        backend = TrainingBackend(host.lent)
+        layout = Layout(frames=frames, chunks=1)
+        swaps = training_forwards(self.module, queries, self.conditions.context, self.cast_cache.lent, backend)
+        return swaps + inflated_forwards(self.module, inflation, layers, layout, backend)
+
+    def predict(self, noisy: Tensor, timestep: int) -> Tensor:
+        """Return the UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale.
+
+        Conditioning that comes per frame fits the tuned clip; for a clip of another length its first row stands for
+        all. Call it within ``inflate.swapped(self.forwards(...))``.
+        """
+        frames = noisy.shape[0]
+
+        def rows(value: Tensor) -> Tensor:
+            return value if value.shape[0] == frames else value[:1].expand(frames, *value.shape[1:])
+
+        x, concat = noisy.to(self.dtype), self.conditions.concat
+        if concat is not None:
+            x = torch.cat([x, rows(concat)[..., : x.shape[-2], : x.shape[-1]]], dim=1)
+        t = torch.full((frames,), float(timestep), device=self.device)
+        extra = {key: rows(value) for key, value in self.conditions.extra.items()}
+        return self.module(x, t, context=rows(self.conditions.context), transformer_options={}, **extra).float()
+
+
+@contextmanager
+def training_unet(
+    model: host.ModelPatcher, latents: Tensor, conditioning: host.Conditioning, precision: torch.dtype | None = None
+) -> Iterator[TrainingUNet]:
+    """Load a MODEL for tuning and leave inference mode, for as long as the context lasts.
+
+    ``model``: a MODEL without inflation; LoRAs on it are part of what is tuned on. ``latents``: the clip
+    [frames, c, h, w] in the host's LATENT scale. ``conditioning``: one prompt. ``precision``: compute dtype, None for
+    the model's own. Nodes run in inference mode, where nothing can be differentiated. The loaded weights stay the
+    host's and are only read. Raises ValueError for a model that cannot be tuned, and turns allocations that fail
+    inside into OutOfMemoryError.
+    """
+    host.check_model(model)
+    with naming_input("latent", _NO_MEMORY):
+        dtype = precision or host.inference_dtype(model)
+        host.load_for_training(model, latents.shape)
+        with torch.inference_mode(False), torch.enable_grad():
+            x0 = host.latents_in(model, latents)
+            module = host.unet_of(model)
+            yield TrainingUNet(
+                model=model,
+                module=module,
+                latents=x0,
+                conditions=host.unet_conditions(model, conditioning, x0, dtype),
+                sigmas=host.sigma_table(model),
+                prediction=host.prediction_type(model),
+                device=model.load_device,
+                dtype=dtype,
+                cast_cache=CastWeightCache(module, model.load_device, dtype),
+            )

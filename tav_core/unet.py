@@ -1,0 +1,45 @@
+"""Find the parts of a 2-D LDM UNet that the method changes: transformer blocks, pooled norms, query projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def transformer_blocks(unet: torch.nn.Module) -> dict[str, Any]:
+    """Return the UNet's transformer blocks by LDM path; empty for anything that is not such a UNet."""
+    return {
+        path: module
+        for path, module in unet.named_modules()
+        if ".transformer_blocks." in path and hasattr(module, "attn1") and hasattr(module, "attn2")
+    }
+
+
+def pooled_norms(unet: torch.nn.Module) -> dict[torch.nn.GroupNorm, torch.nn.Module | None]:
+    """Return the GroupNorms of residual blocks and of the output head; not those of the spatial transformers.
+
+    Each comes with the activation that follows it directly, or None where something stands between the two (a
+    block that modulates the norm's output by the timestep).
+    """
+    found: dict[torch.nn.GroupNorm, torch.nn.Module | None] = {}
+    for path, module in unet.named_modules():
+        for name in ("in_layers", "out_layers", "out"):
+            layers = getattr(module, name, None)
+            if (name == "out") != (path == "") or not isinstance(layers, torch.nn.Sequential):
+                continue
+            norm, activation = layers[0], layers[1]
+            if not isinstance(norm, torch.nn.GroupNorm):
+                continue
+            modulated = name == "out_layers" and module.use_scale_shift_norm
+            found[norm] = activation if isinstance(activation, torch.nn.SiLU) and not modulated else None
+    return found
+
+
+def query_shapes(unet: torch.nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of every query projection's weight by its path: the places a motion's deltas go to."""
+    return {
+        f"{path}.{name}.to_q.weight": torch.Size((attn.heads * attn.dim_head, attn.to_q.in_features))
+        for path, block in transformer_blocks(unet).items()
+        for name, attn in (("attn1", block.attn1), ("attn2", block.attn2))
+    }
