@@ -30,16 +30,22 @@ def rows(page: Path, title: str) -> dict[str, str]:
     return found
 
 
-def literals() -> str:
-    """All string literals of the pack, one a line; what an f-string puts in is a placeholder."""
+def text_of(node: ast.AST) -> str:
+    """The text of a string literal; values that an f-string or a variable puts in are placeholders."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else PLACEHOLDER
+
+
+def messages() -> str:
+    """All string literals of the pack and the texts of its refusals, one a line."""
     found = []
     for path in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tav_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                found.append(text_of(node))
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal" and len(node.args) == 3:
+                found.append("{}: {}. {}".format(*map(text_of, node.args)))
     return "\n".join(found)
 
 
@@ -58,7 +64,7 @@ def is_spoken(message: str, spoken: list[str]) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_quoted_messages_are_the_codes_own(page: Path) -> None:
-    spoken = literals().splitlines()
+    spoken = messages().splitlines()
     assert [quote for quote in quoted_messages(page) if not is_spoken(quote, spoken)] == []
 
 
