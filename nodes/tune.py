@@ -20,7 +20,7 @@ from ..tav_core.motion.low_rank import SEED_KEY
 from ..tav_core.out_of_memory import is_out_of_memory
 from ..tav_core.tuning.trainable import TRAIN_SCOPES
 from ..tav_core.tuning.trainer import TuneSettings, one_shot_tune
-from .support.graph import source_text
+from .support.graph import find_prompt_text as source_text
 from .support.limits import check_limits
 from .support.memory import memory_explained
 from .support.paths import state_folder

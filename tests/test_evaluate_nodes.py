@@ -45,9 +45,10 @@ def text_model(projection: Tensor | None, pooled: Tensor, projected: bool = Fals
 
 @pytest.fixture
 def nodes() -> Any:
-    from tune_a_video.nodes import evaluate
+    from tune_a_video.nodes.compare_videos import CompareVideos
+    from tune_a_video.nodes.evaluate_video import EvaluateVideo
 
-    return evaluate
+    return SimpleNamespace(EvaluateVideo=EvaluateVideo, CompareVideos=CompareVideos)
 
 
 def red(frames: int = 20) -> Tensor:

@@ -37,7 +37,7 @@ def on_the_server() -> Any:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     import tune_a_video.nodes.tune as tune
-    from tune_a_video.nodes import motion, sample
+    from tune_a_video.nodes import load_motion, sample, save_motion
 
     hidden = SimpleNamespace(prompt=PROMPT, unique_id="3", extra_pnginfo=None)
     monkeypatch.setattr(tune.OneShotTune, "hidden", hidden)
@@ -46,8 +46,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
         inflate=tune.InflateUNet,
         invert=sample.DDIMInvert,
         sample=sample.TAVSample,
-        save=motion.SaveMotion,
-        load=motion.LoadMotion,
+        save=save_motion.SaveMotion,
+        load=load_motion.LoadMotion,
     )
 
 
@@ -176,11 +176,11 @@ def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
 
 
 def test_the_prompt_is_looked_for_upstream() -> None:
-    from tune_a_video.nodes.support.graph import source_text
+    from tune_a_video.nodes.support.graph import find_prompt_text
 
-    assert source_text(PROMPT, "3", "conditioning") == "a man is skiing"
-    assert source_text(PROMPT, "4", "conditioning") == ""
-    assert source_text(None, None, "conditioning") == ""
+    assert find_prompt_text(PROMPT, "3", "conditioning") == "a man is skiing"
+    assert find_prompt_text(PROMPT, "4", "conditioning") == ""
+    assert find_prompt_text(None, None, "conditioning") == ""
 
 
 def test_tuning_keeps_the_inflation_it_is_given(nodes: Any) -> None:
@@ -285,7 +285,7 @@ def test_names_to_save_under(tmp_path: Path, prefix: str, message: str) -> None:
     root.mkdir()
     outside.mkdir()
     (root / "linked").symlink_to(outside)
-    with pytest.raises(ValueError, match=f"^filename_prefix: .*{message}.*; (give a name such as|type it again)"):
+    with pytest.raises(ValueError, match=f"^filename_prefix: .*{message}.*\\. (Give a name such as|Type it again)"):
         next_name(prefix, str(root), "ski")
     assert not list(outside.iterdir()) and [path.name for path in tmp_path.rglob("*")].count("linked") == 1
     assert next_name("사람/ski", str(root), "ski") == (str(root / "사람"), "ski_00001_", "사람")

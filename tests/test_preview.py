@@ -1,4 +1,4 @@
-"""What is shown in a node while it works: pictures that take turns, the curve with the clip below it, the stop."""
+"""Previews in a node: moving pictures, the loss curve with the clip below it, and the stop request."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_cancelled_node_leaves_no_thread(shown: Any) -> None:
 def test_what_does_not_move_needs_no_thread(shown: Any, count: int) -> None:
     with shown.module.MovingPreview(10, 1000.0) as preview:
         preview.show(3, frames(count))
-        assert preview._thread is None
+        assert not [thread for thread in threading.enumerate() if thread.name == "tune-a-video-preview"]
     assert len(shown.bar) == 1 and (shown.bar[0][2] is not None) == (count == 1)
 
 
@@ -117,9 +117,11 @@ def test_nothing_is_shown_to_those_who_want_no_previews(method: Any, shown: Any)
 
 def test_the_clip_and_its_reconstruction_lie_below_the_curve() -> None:
     curve = pictures.loss_curve([1.0, 0.5])
-    alone = pictures.below(curve, [])
+    alone = pictures.curve_with_frames(curve, [])
     assert alone.size == (curve.shape[2], curve.shape[1])
-    pair = pictures.below(curve, [("clip", Image.new("RGB", (8, 8), "red")), ("now", Image.new("RGB", (8, 4), "blue"))])
+    pair = pictures.curve_with_frames(
+        curve, [("clip", Image.new("RGB", (8, 8), "red")), ("now", Image.new("RGB", (8, 4), "blue"))]
+    )
     assert pair.width == alone.width and pair.height > alone.height
     assert pair.crop((0, 0, *alone.size)).tobytes() == alone.tobytes()
     colours = {pixel for _, pixel in pair.getcolors(1_000_000)}

@@ -117,9 +117,11 @@ from types import SimpleNamespace
 import torch
 from unets import UNETS, build_model
 from tune_a_video.nodes import demo_model as loader
-from tune_a_video.nodes import evaluate
-from tune_a_video.nodes import motion
+from tune_a_video.nodes import compare_videos
+from tune_a_video.nodes import evaluate_video
+from tune_a_video.nodes import load_motion
 from tune_a_video.nodes import sample
+from tune_a_video.nodes import save_motion
 from tune_a_video.nodes import tune
 from tune_a_video.nodes import video
 import folder_paths
@@ -141,13 +143,13 @@ def everything(turn):
     latent = {"samples": torch.randn(3, 4, 8, 8)}
     prompt = [[torch.randn(1, 7, 32), {}]]
     tuned, learnt, _ = run(tune.OneShotTune, model, latent, prompt, 6, 1e-3, turn, "all", "auto", 0, 1.0)
-    path = run(motion.SaveMotion, learnt, f"runs/{turn}", 4)[0]
-    again = run(motion.LoadMotion, os.path.relpath(path, folder_paths.get_folder_paths("tav")[0]))[0]
+    path = run(save_motion.SaveMotion, learnt, f"runs/{turn}", 4)[0]
+    again = run(load_motion.LoadMotion, os.path.relpath(path, folder_paths.get_folder_paths("tav")[0]))[0]
     inflated = run(tune.InflateUNet, model, "sparse-causal", "over frames", 1.0, 1.0, again)[0]
     inverted = run(sample.DDIMInvert, inflated, latent, prompt, 2)[0]
     run(sample.TAVSample, inflated, prompt, prompt, inverted, 2, 3.0, 0.5, 0)
-    run(evaluate.EvaluateVideo, frames, frames)
-    run(evaluate.CompareVideos, frames, frames)
+    run(evaluate_video.EvaluateVideo, frames, frames)
+    run(compare_videos.CompareVideos, frames, frames)
 
 seen = []
 def hook(event, args):

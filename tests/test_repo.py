@@ -64,7 +64,7 @@ def declared_node_ids() -> set[str]:
     """The node ids that the schemas in nodes/*.py name, read from the source: no ComfyUI is needed for it."""
     return {
         keyword.value.value
-        for file in (*(ROOT / "nodes").glob("*.py"), ROOT / "demo" / "loader.py")
+        for file in (ROOT / "nodes").glob("*.py")
         for call in ast.walk(ast.parse(file.read_text()))
         if isinstance(call, ast.Call)
         for keyword in call.keywords
