@@ -1,4 +1,4 @@
-"""The help pages in web/docs say what the nodes are: their inputs, defaults and outputs, and their error messages."""
+"""The help pages in web/docs match the nodes: inputs, defaults, outputs and error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def section(page: Path, title: str) -> str:
 
 
 def rows(page: Path, title: str) -> dict[str, str]:
-    """First cell, without its backticks, and second cell of a table; one entry for each of several names."""
+    """Return a table's second cells by the names in its first cells."""
     found = {}
     for line in section(page, title).splitlines()[2:]:
         if line.startswith("| `"):
@@ -31,14 +31,14 @@ def rows(page: Path, title: str) -> dict[str, str]:
 
 
 def text_of(node: ast.AST) -> str:
-    """The text of a string literal; values that an f-string or a variable puts in are placeholders."""
+    """Return the text of a string literal, with placeholders for values of f-strings and variables."""
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else PLACEHOLDER
 
 
 def messages() -> str:
-    """All string literals of the pack and the texts of its refusals, one a line."""
+    """Return all string literals of the pack and the texts of its refusals, one a line."""
     found = []
     for path in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tav_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -50,13 +50,13 @@ def messages() -> str:
 
 
 def quoted_messages(page: Path) -> list[str]:
-    """What stands in backticks under "What goes wrong" and is a message, not the name of an input or a value."""
+    """Return the messages quoted under "What goes wrong"; quoted names and values are left out."""
     text = re.sub(r"\n {2}", " ", section(page, "What goes wrong"))
     return [quote for quote in re.findall(r"`([^`]+)`", text) if ": " in quote or f"{PLACEHOLDER}." in quote]
 
 
 def is_spoken(message: str, spoken: list[str]) -> bool:
-    """Whether a literal reads like the message; the input's name at its beginning may be a placeholder there."""
+    """Return whether a literal matches the message; the input's name may be a placeholder in it."""
     general = re.sub(r"^\w+: ", f"{PLACEHOLDER}: ", message)
     patterns = [".*".join(map(re.escape, each.split(PLACEHOLDER))) for each in (message, general)]
     return any(re.match(pattern, literal) for pattern in patterns for literal in spoken)

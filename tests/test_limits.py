@@ -1,4 +1,4 @@
-"""Arguments of a node's execute are held against its schema, whatever a link brings."""
+"""Nodes check every argument of execute against their schema, because a link can bring any value."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_decorated_function_keeps_its_signature_and_its_memory_errors(node: 
 
 
 def test_the_host_runs_a_decorated_node(node: Any) -> None:
-    """As its executor does, on a copy of the class that holds the hidden inputs."""
+    """The executor calls a copy of the class that holds the hidden inputs."""
     copy = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     assert node.FUNCTION == "EXECUTE_NORMALIZED"
     assert copy.EXECUTE_NORMALIZED(image=None, **GOOD).args[1:5] == (3, 0.5, "fast", True)

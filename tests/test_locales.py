@@ -12,7 +12,7 @@ import pytest
 import tune_a_video
 
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
-# What a text of the language cannot do without.
+# Characters that every text of the language contains.
 SCRIPTS = {"ko": "[\uac00-\ud7a3]", "zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff\u4e00-\u9fff]"}
 FILES = sorted(LOCALES.glob("*/nodeDefs.json"))
 
@@ -67,7 +67,7 @@ def test_texts_are_in_the_language(path: Path) -> None:
 
 
 def test_settings_that_a_tooltip_names_are_named_in_every_language(translated: dict[str, Any]) -> None:
-    """Values are not translated on the canvas, so the tooltips have to name them as they stand there."""
+    """The canvas does not translate values, so tooltips must name them in English."""
     named = {
         ("TAV_LoadVideo", "resize"): ("crop to fill", "fit", "stretch", "keep"),
         ("TAV_InflateUNet", "attention"): ("sparse-causal",),

@@ -16,7 +16,7 @@ FRAMES, SIDE = 6, 48
 
 
 def blob_video(dx: float, dy: float, colour: tuple[float, float, float] = (0.9, 0.2, 0.2), seed: int = 0) -> Tensor:
-    """A soft disc that moves over a textured ground, [FRAMES, SIDE, SIDE, 3]."""
+    """Draw a soft disc that moves over a textured ground, [FRAMES, SIDE, SIDE, 3]."""
     generator = torch.Generator().manual_seed(seed)
     ground = torch.nn.functional.interpolate(
         torch.rand(1, 3, SIDE // 4, SIDE // 4, generator=generator), (SIDE, SIDE), mode="bicubic"

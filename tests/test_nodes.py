@@ -1,4 +1,4 @@
-"""The nodes themselves, on small models, inside ComfyUI's modules but without its server."""
+"""The nodes on small models, with ComfyUI's modules but without its server."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_input_and_output_has_a_tooltip() -> None:
         assert schema.category.split("/")[0] == "Tune-A-Video" and schema.description
         for socket in (*schema.inputs, *schema.outputs):
             assert socket.tooltip, f"{schema.node_id}: {getattr(socket, 'id', socket)}"
-    # A contract with saved workflows.
+    # Saved workflows depend on these ids.
     assert ids == {
         "TAV_LoadVideo": "LoadVideo",
         "TAV_InflateUNet": "InflateUNet",
@@ -310,7 +310,7 @@ def test_a_motion_saved_at_a_rank_comes_back_nearly_whole(nodes: Any) -> None:
     assert all(torch.equal(whole.tensors[key], value) for key, value in motion.tensors.items())
     small = nodes.load.execute(relative(nodes.save.execute(motion, "small", 32).args[0])).args[0]
     assert small.tensors.keys() == motion.tensors.keys()
-    # The tiny model's matrices are 32 to 64 wide: at rank 32 most of any change is kept.
+    # The tiny model's matrices are 32 to 64 wide, so rank 32 keeps most of any change.
     assert float(small.metadata["kept"]) > 0.7
     assert "kept" not in motion.metadata and "rank" not in small.metadata
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.comfyui
 
 
 class Registry:
-    """In the place of the host's progress: what was sent, and by which thread."""
+    """Replaces the host's progress registry: records what the preview thread sends."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int, int, Any]] = []
@@ -32,7 +32,7 @@ class Registry:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What goes through the progress bar, and what a thread sends, within a node of the id 7."""
+    """Record what the progress bar and the preview thread send within node 7."""
     import comfy.utils
     import tune_a_video.nodes.support.preview as preview
 
@@ -83,7 +83,7 @@ def test_what_does_not_move_needs_no_thread(shown: Any, count: int) -> None:
 
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the preview method of the host."""
+    """Return a function that sets the host's preview method."""
     from comfy.cli_args import LatentPreviewMethod, args
 
     def choose(name: str) -> None:
@@ -99,7 +99,7 @@ def test_every_frame_is_shown_in_its_order(method: Any, shown: Any) -> None:
     preview = shown.module.LatentFrames(model)
     light = [sum(colour(picture)) for _, picture, _ in preview.all(clip)]
     assert len(set(light)) == 5 and light in (sorted(light), sorted(light, reverse=True))
-    # One at least at each step, and all of them sooner or later.
+    # At least one frame is decoded at each step, and all of them in the end.
     counts = [len(preview.refreshed(clip)) for _ in range(5)]
     assert counts[0] >= 1 and counts == sorted(counts) and counts[-1] == 5
     assert [sum(colour(picture)) for _, picture, _ in preview.refreshed(clip)] == light
@@ -111,7 +111,7 @@ def test_nothing_is_shown_to_those_who_want_no_previews(method: Any, shown: Any)
     with shown.module.MovingPreview(2) as preview:
         shown.module.sampling_callback(model, preview)(0, torch.zeros(3, 4, 8, 8), torch.zeros(3, 4, 8, 8), 2)
     assert shown.bar == [(1, 2, None)]
-    # A reconstruction is shown even so: its steps were asked for.
+    # A reconstruction is shown even then, because the user asked for its steps.
     assert len(shown.module.LatentFrames(model, anyway=True).all(torch.zeros(3, 4, 8, 8))) == 3
 
 
@@ -129,7 +129,7 @@ def test_the_clip_and_its_reconstruction_lie_below_the_curve() -> None:
 
 
 class Context:
-    """A tuning node with what it needs, in inference mode as on the server."""
+    """Runs One-Shot Tune in inference mode, as the server does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import tune_a_video.nodes.tune as tune
