@@ -26,6 +26,11 @@ def _font() -> Any:
     return ImageFont.load_default(size=_FONT_SIZE)
 
 
+def _finite_range(values: np.ndarray) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+
+
 def _points(values: np.ndarray, low: float, high: float, top: int, bottom: int) -> list[tuple[float, float]]:
     """Place a curve's points between the margins, in pixels; infinite values and NaN are left out."""
     xs = np.linspace(_MARGIN, _WIDTH - _MARGIN, len(values)) if len(values) > 1 else np.array([_WIDTH / 2])
@@ -38,8 +43,7 @@ def loss_curve(losses: Sequence[float], note: str = "") -> Tensor:
     picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
     values = np.asarray(losses, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = _finite_range(values)
     top, bottom = _MARGIN, _HEIGHT - _MARGIN
     window = max(1, len(values) // 20)
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
@@ -83,8 +87,7 @@ def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
     draw = ImageDraw.Draw(picture)
     for index, (name, numbers) in enumerate(curves.items()):
         values = np.asarray(numbers, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        low, high = _finite_range(values)
         top, bottom = panel * index + _MARGIN // 2 + 8, panel * (index + 1) - _MARGIN // 2
         points = _points(values, low, high, top, bottom)
         draw.line(points, fill=_STRONG, width=2)
