@@ -57,12 +57,12 @@ def test_pictures_take_turns_until_the_node_is_done(shown: Any) -> None:
     with shown.module.MovingPreview(10, 100.0) as preview:
         preview.show(1, frames(3))
         assert shown.registry.enough.wait(10)
-        preview.update(2)
+        preview.update(10)
     sent = [colour(picture) for *_, picture in shown.registry.sent]
     assert all(later == (earlier + 1) % 3 for earlier, later in zip(sent, sent[1:], strict=False))
     values = [value for _, value, *_ in shown.registry.sent]
     assert values == sorted(values) and {node for node, *_ in shown.registry.sent} == {"7"}
-    assert shown.bar[0][0] == 1 and shown.bar[0][2] is not None and shown.bar[-1] == (2, 10, None)
+    assert shown.bar[0][0] == 1 and shown.bar[0][2] is not None and shown.bar[-1] == (10, 10, None)
     assert not [thread for thread in threading.enumerate() if thread.name == "tune-a-video-preview"]
 
 
