@@ -138,9 +138,7 @@ def measure(source: Tensor, edited: Tensor, edit: Edit, embed: Callable[[Tensor]
         "attributes": float(np.mean(list(right.values()))),
         "edit right": float(np.mean(right[edit.kind])),
         "trajectory": float(np.mean(distances)),
-        "frame consistency": metrics.frame_consistency(embed(edited)),
-        "motion alignment": metrics.motion_alignment(source, edited),
-        "warp error": metrics.warp_error(source, edited),
+        **metrics.evaluate(source, edited, embed(edited))[0],
         "flicker": float(np.std(colours, axis=0).mean()) if colours else 0.0,
     }
 

@@ -1,34 +1,41 @@
-"""The nodes: schema, validation, progress. What they do is in ``tav_core``."""
+"""The nodes, one file a feature: schema, checks and one call. The work is done in ``tav_core``."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from .demo_model import LoadDemoModel
-from .evaluate import CompareVideos, EvaluateVideo
-from .inflate import InflateUNet
-from .invert import DDIMInvert
-from .motion import LoadMotion, SaveMotion
-from .sample import TAVSample
+from . import (
+    compare_videos,
+    demo_model,
+    evaluate_video,
+    inflate,
+    invert,
+    load_motion,
+    sample,
+    save_motion,
+    tune,
+)
 from .support.routes import register
-from .tune import OneShotTune
 from .video import LoadVideo, SaveVideo
+
+# In the order of a graph.
+NODES: list[type[io.ComfyNode]] = [
+    LoadVideo,
+    *inflate.NODES,
+    *tune.NODES,
+    *invert.NODES,
+    *sample.NODES,
+    SaveVideo,
+    *save_motion.NODES,
+    *load_motion.NODES,
+    *evaluate_video.NODES,
+    *compare_videos.NODES,
+    *demo_model.NODES,
+]
 
 
 class TuneAVideoExtension(ComfyExtension):
-    """What ComfyUI asks for the pack's nodes."""
+    """The object that ComfyUI asks for the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """All nodes, in the order of a graph."""
+        """Return all nodes. ComfyUI calls this once, so the pack's routes are added here."""
         register()
-        return [
-            LoadVideo,
-            InflateUNet,
-            OneShotTune,
-            DDIMInvert,
-            TAVSample,
-            SaveVideo,
-            SaveMotion,
-            LoadMotion,
-            EvaluateVideo,
-            CompareVideos,
-            LoadDemoModel,
-        ]
+        return NODES

@@ -1,4 +1,4 @@
-"""The demo's model as a node, for the workflow that needs no download."""
+"""Load Demo Model: the tiny Stable Diffusion that comes with the pack."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from ..tav_core.tiny_sd.model import WEIGHTS, load
 
 
 class LoadDemoModel(io.ComfyNode):
-    """The tiny Stable Diffusion of the demo -> MODEL, CLIP, VAE."""
+    """The pack's tiny Stable Diffusion -> MODEL, CLIP, VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Outputs alone: there is one such model."""
         return io.Schema(
             node_id="TAV_LoadDemoModel",
             display_name="Load Demo Model (Tune-A-Video)",
@@ -23,11 +22,13 @@ class LoadDemoModel(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="UNet of 6 million parameters, epsilon-prediction."),
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode; at most 22 words."),
-                io.Vae.Output(display_name="vae", tooltip="Latents of a quarter of the picture's size."),
+                io.Vae.Output(display_name="vae", tooltip="Its latents are a quarter of the picture's size."),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        """Always the same model."""
         return io.NodeOutput(*load(WEIGHTS))
+
+
+NODES = [LoadDemoModel]

@@ -10,7 +10,7 @@ from ..tav_core import host
 from ..tav_core.attention import SPATIAL_MODES
 from ..tav_core.inflate import Inflation
 from ..tav_core.motion.file import Motion
-from .support.limits import check_limits
+from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.types import CATEGORY, MotionType, search_aliases
 
@@ -69,6 +69,7 @@ class InflateUNet(io.ComfyNode):
 
     @classmethod
     @memory_explained("model", "Close what else takes memory and queue again.")
+    @within_limits
     def execute(
         cls,
         model: Any,
@@ -79,13 +80,6 @@ class InflateUNet(io.ComfyNode):
         motion: Motion | None = None,
     ) -> io.NodeOutput:
         """Refuses models without a Stable Diffusion UNet and motions of another model (ValueError)."""
-        check_limits(
-            cls,
-            attention=attention,
-            group_norm=group_norm,
-            query_strength=query_strength,
-            temporal_strength=temporal_strength,
-        )
         host.check_model(model)
         inflation = Inflation(attention, group_norm == "over frames", temporal_strength)
         return io.NodeOutput(host.inflate_model(model, inflation, motion, query_strength))

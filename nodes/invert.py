@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from ..tav_core.pipeline import invert
-from .support.limits import check_limits
+from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
 from .support.types import CATEGORY, CLIP_KEY, search_aliases
@@ -51,9 +51,9 @@ class DDIMInvert(io.ComfyNode):
 
     @classmethod
     @memory_explained("latent", REMEDY)
+    @within_limits
     def execute(cls, model: Any, latent: dict[str, Any], conditioning: Any, steps: int) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
-        check_limits(cls, steps=steps)
         host.check_model(model)
         samples = host.check_latent(model, latent)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))

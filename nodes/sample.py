@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..tav_core import host
 from ..tav_core.pipeline import sample
 from .invert import REMEDY
-from .support.limits import check_limits
+from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
 from .support.types import CATEGORY, CLIP_KEY, search_aliases
@@ -74,6 +74,7 @@ class TAVSample(io.ComfyNode):
 
     @classmethod
     @memory_explained("latent", REMEDY)
+    @within_limits
     def execute(
         cls,
         model: Any,
@@ -87,7 +88,6 @@ class TAVSample(io.ComfyNode):
         last_step: str = LAST_STEPS[0],
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
-        check_limits(cls, steps=steps, guidance=guidance, eta=eta, seed=seed, last_step=last_step)
         host.check_model(model)
         samples = host.check_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):

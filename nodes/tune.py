@@ -21,8 +21,8 @@ from ..tav_core.tuning.trainable import TRAIN_SCOPES
 from ..tav_core.tuning.trainer import Trainer, TuneSettings
 from ..tav_core.tuning.training_unet import training_unet
 from .inflate import GROUP_NORM_MODES
-from .support.graph import source_text
-from .support.limits import check_limits
+from .support.graph import find_prompt_text
+from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.paths import state_folder
 from .support.preview import LatentFrames, MovingPreview, Picture
@@ -88,10 +88,12 @@ class _Curve:
         captions = ("clip", f"after step {self._made_after}")
         curve = pictures.loss_curve(losses, note)
         frames = [
-            pictures.below(curve, [(caption, frame) for caption, (_, frame, _) in zip(captions, pair, strict=True)])
+            pictures.curve_with_frames(
+                curve, [(caption, frame) for caption, (_, frame, _) in zip(captions, pair, strict=True)]
+            )
             for pair in zip(self._clip, self._made, strict=True)
         ]
-        return [("JPEG", picture, _PREVIEW_SIZE) for picture in frames or [pictures.below(curve, [])]]
+        return [("JPEG", picture, _PREVIEW_SIZE) for picture in frames or [pictures.curve_with_frames(curve, [])]]
 
 
 class OneShotTune(io.ComfyNode):
@@ -213,6 +215,7 @@ class OneShotTune(io.ComfyNode):
 
     @classmethod
     @memory_explained("latent", REMEDY)
+    @within_limits
     def execute(
         cls,
         model: Any,
@@ -231,19 +234,6 @@ class OneShotTune(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
-        check_limits(
-            cls,
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            train_scope=train_scope,
-            precision=precision,
-            warmup_steps=warmup_steps,
-            gradient_clip=gradient_clip,
-            preview_every=preview_every,
-            patience=patience,
-            memory_budget=memory_budget,
-        )
         host.check_model(model)
         samples = host.check_latent(model, latent)
         host.check_single_prompt(conditioning)
@@ -308,7 +298,7 @@ def _metadata(
     return {
         "base_family": host.family(model),
         "prediction_type": host.prediction_type(model),
-        "prompt": source_text(node.hidden.prompt, node.hidden.unique_id, "conditioning"),
+        "prompt": find_prompt_text(node.hidden.prompt, node.hidden.unique_id, "conditioning"),
         "frame_count": str(len(samples)),
         "width": str(width * PIXELS_PER_LATENT),
         "height": str(height * PIXELS_PER_LATENT),

@@ -55,7 +55,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The nodes that write, on folders of their own; ``place(folder)`` has them write elsewhere."""
     import folder_paths
-    from tune_a_video.nodes import motion, tune
+    from tune_a_video.nodes import load_motion, save_motion, tune
     from tune_a_video.nodes import video as video_nodes
     from tune_a_video.nodes.support import paths
 
@@ -70,8 +70,8 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         place=place,
         paths=paths,
         save_video=type("SaveVideo", (video_nodes.SaveVideo,), hidden),
-        save=motion.SaveMotion,
-        load=motion.LoadMotion,
+        save=save_motion.SaveMotion,
+        load=load_motion.LoadMotion,
         tune=type("OneShotTune", (tune.OneShotTune,), hidden),
     )
 
@@ -115,9 +115,9 @@ def test_a_disk_that_fills_up_while_a_motion_is_written(
     nodes.place(small_disk)
     with pytest.raises(ValueError, match="^filename_prefix: the disk of .* is full: 1 MiB are left, and 2 MiB"):
         nodes.save.execute(MOTION, "motion")
-    from tune_a_video.nodes import motion
+    from tune_a_video.nodes import save_motion
 
-    monkeypatch.setattr(motion, "check_room", lambda *_: None)
+    monkeypatch.setattr(save_motion, "check_room", lambda *_: None)
     with pytest.raises(RuntimeError, match="^filename_prefix: the disk is full, and no file was written. Make room"):
         nodes.save.execute(MOTION, "motion")
     assert not files(small_disk)
@@ -297,7 +297,7 @@ def test_names_that_every_system_takes(nodes: SimpleNamespace, tmp_path: Path, m
         assert Path(folder).is_relative_to(root)
         Path(folder, f"{name}.safetensors").touch()
     for prefix in BAD:
-        with pytest.raises(ValueError, match="^filename_prefix: .*(give a name such as ski|type it again)"):
+        with pytest.raises(ValueError, match="^filename_prefix: .*(Give a name such as ski|Type it again)"):
             nodes.paths.check_prefix(prefix, str(root), "ski")
     monkeypatch.setattr(nodes.paths, "_WINDOWS", True)
     for prefix in BAD_ON_WINDOWS:

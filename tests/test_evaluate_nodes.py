@@ -16,7 +16,7 @@ pytestmark = pytest.mark.comfyui
 
 
 class Vision:
-    """Embeds a picture as its mean colour, and counts how many it is given at a time."""
+    """Embeds a picture as its mean colour, and records the batch sizes."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -27,7 +27,7 @@ class Vision:
 
 
 def text_model(projection: Tensor | None, pooled: Tensor, projected: bool = False) -> Any:
-    """A CLIP that gives this pooled output for any text."""
+    """Build a CLIP that returns this pooled output for any text."""
     model = torch.nn.Module()
     model.part = torch.nn.Module()
     if projection is not None:
@@ -45,9 +45,10 @@ def text_model(projection: Tensor | None, pooled: Tensor, projected: bool = Fals
 
 @pytest.fixture
 def nodes() -> Any:
-    from tune_a_video.nodes import evaluate
+    from tune_a_video.nodes.compare_videos import CompareVideos
+    from tune_a_video.nodes.evaluate_video import EvaluateVideo
 
-    return evaluate
+    return SimpleNamespace(EvaluateVideo=EvaluateVideo, CompareVideos=CompareVideos)
 
 
 def red(frames: int = 20) -> Tensor:

@@ -1,4 +1,4 @@
-"""The help pages in web/docs say what the nodes are: their inputs, defaults and outputs, and their error messages."""
+"""The help pages in web/docs match the nodes: inputs, defaults, outputs and error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def section(page: Path, title: str) -> str:
 
 
 def rows(page: Path, title: str) -> dict[str, str]:
-    """First cell, without its backticks, and second cell of a table; one entry for each of several names."""
+    """Return a table's second cells by the names in its first cells."""
     found = {}
     for line in section(page, title).splitlines()[2:]:
         if line.startswith("| `"):
@@ -30,27 +30,33 @@ def rows(page: Path, title: str) -> dict[str, str]:
     return found
 
 
-def literals() -> str:
-    """All string literals of the pack, one a line; what an f-string puts in is a placeholder."""
+def text_of(node: ast.AST) -> str:
+    """Return the text of a string literal, with placeholders for values of f-strings and variables."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else PLACEHOLDER
+
+
+def messages() -> str:
+    """Return all string literals of the pack and the texts of its refusals, one a line."""
     found = []
     for path in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tav_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                found.append(text_of(node))
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal" and len(node.args) == 3:
+                found.append("{}: {}. {}".format(*map(text_of, node.args)))
     return "\n".join(found)
 
 
 def quoted_messages(page: Path) -> list[str]:
-    """What stands in backticks under "What goes wrong" and is a message, not the name of an input or a value."""
+    """Return the messages quoted under "What goes wrong"; quoted names and values are left out."""
     text = re.sub(r"\n {2}", " ", section(page, "What goes wrong"))
     return [quote for quote in re.findall(r"`([^`]+)`", text) if ": " in quote or f"{PLACEHOLDER}." in quote]
 
 
 def is_spoken(message: str, spoken: list[str]) -> bool:
-    """Whether a literal reads like the message; the input's name at its beginning may be a placeholder there."""
+    """Return whether a literal matches the message; the input's name may be a placeholder in it."""
     general = re.sub(r"^\w+: ", f"{PLACEHOLDER}: ", message)
     patterns = [".*".join(map(re.escape, each.split(PLACEHOLDER))) for each in (message, general)]
     return any(re.match(pattern, literal) for pattern in patterns for literal in spoken)
@@ -58,7 +64,7 @@ def is_spoken(message: str, spoken: list[str]) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_quoted_messages_are_the_codes_own(page: Path) -> None:
-    spoken = literals().splitlines()
+    spoken = messages().splitlines()
     assert [quote for quote in quoted_messages(page) if not is_spoken(quote, spoken)] == []
 
 

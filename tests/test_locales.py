@@ -1,4 +1,4 @@
-"""Translations in locales/: every node, input and output has one in every language, and none is left over."""
+"""Translations in locales/: nodes, inputs, outputs and the stop button have one in every language, and no other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import tune_a_video
 
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
-# What a text of the language cannot do without.
+# Characters that every text of the language contains.
 SCRIPTS = {"ko": "[\uac00-\ud7a3]", "zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff\u4e00-\u9fff]"}
 FILES = sorted(LOCALES.glob("*/nodeDefs.json"))
 
@@ -32,7 +32,17 @@ def translated(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_every_language_is_there_and_nothing_else() -> None:
     assert {path.parent.name for path in FILES} == SCRIPTS.keys()
-    assert {path for path in LOCALES.rglob("*") if path.is_file()} == set(FILES)
+    # English texts of nodes are in their schemas.
+    mains = {LOCALES / language / "main.json" for language in ("en", *SCRIPTS)}
+    assert {path for path in LOCALES.rglob("*") if path.is_file()} == {*FILES, *mains}
+
+
+@pytest.mark.parametrize("language", ["en", *SCRIPTS])
+def test_every_text_that_the_script_asks_for_is_there(language: str) -> None:
+    asked = re.findall(r"texts\(\)\.(\w+)", (LOCALES.parent / "web" / "js" / "stop.js").read_text(encoding="utf-8"))
+    stop = json.loads((LOCALES / language / "main.json").read_text(encoding="utf-8"))["tuneAVideo"]["stop"]
+    assert stop.keys() == set(asked) and len(asked) == 3
+    assert all(re.search(SCRIPTS.get(language, "[a-z]"), text) for text in stop.values())
 
 
 @pytest.mark.comfyui
@@ -57,7 +67,7 @@ def test_texts_are_in_the_language(path: Path) -> None:
 
 
 def test_settings_that_a_tooltip_names_are_named_in_every_language(translated: dict[str, Any]) -> None:
-    """Values are not translated on the canvas, so the tooltips have to name them as they stand there."""
+    """The canvas does not translate values, so tooltips must name them in English."""
     named = {
         ("TAV_LoadVideo", "resize"): ("crop to fill", "fit", "stretch", "keep"),
         ("TAV_InflateUNet", "attention"): ("sparse-causal",),

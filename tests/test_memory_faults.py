@@ -309,7 +309,7 @@ def clip(tmp_path: Path) -> Path:
 
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import folder_paths
-    from tune_a_video.nodes import evaluate, motion, tune
+    from tune_a_video.nodes import compare_videos, evaluate_video, load_motion, save_motion, tune
     from tune_a_video.nodes import video as video_nodes
 
     for kind in ("input", "output", "temp"):
@@ -319,12 +319,12 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(
         load_video=video_nodes.LoadVideo,
         save_video=type("SaveVideo", (video_nodes.SaveVideo,), hidden),
-        save=motion.SaveMotion,
-        load=motion.LoadMotion,
+        save=save_motion.SaveMotion,
+        load=load_motion.LoadMotion,
         tune=type("OneShotTune", (tune.OneShotTune,), hidden),
         inflate=tune.InflateUNet,
-        evaluate=evaluate.EvaluateVideo,
-        compare=evaluate.CompareVideos,
+        evaluate=evaluate_video.EvaluateVideo,
+        compare=compare_videos.CompareVideos,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the figures say of videos whose truth is known."""
+"""Metrics of videos whose motion and differences are known."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.evaluation import metrics
+from tune_a_video.tav_core.errors import Refusal
+from tune_a_video.tav_core.evaluation import clip_scores, metrics
+from tune_a_video.tav_core.evaluation import optical_flow as flows
 from tune_a_video.tav_core.media import pictures
 
 FRAMES, SIDE = 6, 48
 
 
 def blob_video(dx: float, dy: float, colour: tuple[float, float, float] = (0.9, 0.2, 0.2), seed: int = 0) -> Tensor:
-    """A soft disc that moves over a textured ground, [FRAMES, SIDE, SIDE, 3]."""
+    """Draw a soft disc that moves over a textured ground, [FRAMES, SIDE, SIDE, 3]."""
     generator = torch.Generator().manual_seed(seed)
     ground = torch.nn.functional.interpolate(
         torch.rand(1, 3, SIDE // 4, SIDE // 4, generator=generator), (SIDE, SIDE), mode="bicubic"
@@ -31,19 +33,19 @@ def blob_video(dx: float, dy: float, colour: tuple[float, float, float] = (0.9, 
 def test_frame_consistency_is_the_mean_cosine_over_pairs() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
     half = math.sqrt(0.5)
-    assert metrics.frame_consistency(embeddings) == pytest.approx((0 + half + half) / 3)
-    assert metrics.frame_consistency(embeddings[:1]) == 1.0
+    assert clip_scores.frame_consistency(embeddings) == pytest.approx((0 + half + half) / 3)
+    assert clip_scores.frame_consistency(embeddings[:1]) == 1.0
 
 
 def test_textual_faithfulness_is_the_mean_cosine_with_the_text_times_100() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert metrics.textual_faithfulness(embeddings, torch.tensor([0.0, 5.0])) == pytest.approx(50)
+    assert clip_scores.textual_faithfulness(embeddings, torch.tensor([0.0, 5.0])) == pytest.approx(50)
 
 
 @pytest.mark.parametrize("dx, dy", [(2, 0), (0, -3), (5, 4), (-9, 6)])
 def test_optical_flow_finds_a_known_shift(dx: int, dy: int) -> None:
     scene = blob_video(0, 0)[:1]
-    flow = metrics.optical_flow(scene, scene.roll((dy, dx), (1, 2)))
+    flow = flows.optical_flow(scene, scene.roll((dy, dx), (1, 2)))
     inside = flow[0, :, 14:-14, 14:-14]
     assert inside[0].median() == pytest.approx(dx, abs=0.2)
     assert inside[1].median() == pytest.approx(dy, abs=0.2)
@@ -51,31 +53,51 @@ def test_optical_flow_finds_a_known_shift(dx: int, dy: int) -> None:
 
 def test_what_stands_has_no_flow_beside_what_moves() -> None:
     video = blob_video(3, 0)
-    assert metrics.optical_flow(video[:1], video[1:2])[0, :, :6, :6].abs().max() < 0.5
+    assert flows.optical_flow(video[:1], video[1:2])[0, :, :6, :6].abs().max() < 0.5
 
 
 def test_warping_along_a_constant_flow_shifts_the_image() -> None:
     image = torch.rand(1, 3, 8, 8)
     flow = torch.zeros(1, 2, 8, 8)
     flow[:, 0] = 2
-    assert torch.allclose(metrics.warp(image, flow)[..., :-2], image[..., 2:], atol=1e-6)
+    assert torch.allclose(flows.warp(image, flow)[..., :-2], image[..., 2:], atol=1e-6)
 
 
 def test_motion_alignment_knows_the_same_motion_in_other_colours_from_another_motion() -> None:
     source = blob_video(3, 1)
-    assert metrics.motion_alignment(source, source) == pytest.approx(1, abs=1e-5)
-    assert metrics.motion_alignment(source, blob_video(3, 1, (0.2, 0.9, 0.9))) > 0.8
-    assert metrics.motion_alignment(source, blob_video(-3, 1)) < 0.3
-    assert metrics.motion_alignment(source, source[:1].expand_as(source)) == 0
+
+    def alignment(edited: Tensor) -> float:
+        return metrics.evaluate(source, edited)[0]["motion alignment"]
+
+    assert alignment(source) == pytest.approx(1, abs=1e-5)
+    assert alignment(blob_video(3, 1, (0.2, 0.9, 0.9))) > 0.8
+    assert alignment(blob_video(-3, 1)) < 0.3
+    assert alignment(source[:1].expand_as(source)) == 0
 
 
 def test_warp_error_is_small_for_the_sources_motion_and_grows_with_flicker() -> None:
     source = blob_video(2, 0)
-    same = metrics.warp_error(source, blob_video(2, 0, (0.2, 0.9, 0.9)))
+
+    def error(edited: Tensor) -> float:
+        return metrics.evaluate(source, edited)[0]["warp error"]
+
+    same = error(blob_video(2, 0, (0.2, 0.9, 0.9)))
     flickering = source * (1 - 0.2 * (torch.arange(FRAMES) % 2)).view(-1, 1, 1, 1)
     assert same < 0.05
-    assert metrics.warp_error(source, flickering) > same + 0.03
-    assert metrics.warp_error(source, blob_video(-2, 0)) > same + 0.01
+    assert error(flickering) > same + 0.03
+    assert error(blob_video(-2, 0)) > same + 0.01
+
+
+def test_three_optical_flows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counted(first: Tensor, second: Tensor) -> Tensor:
+        computed.append(len(first))
+        return flows.optical_flow(first, second)
+
+    monkeypatch.setattr(metrics, "optical_flow", counted)
+    metrics.evaluate(blob_video(2, 0), blob_video(2, 1))
+    assert computed == [FRAMES - 1] * 3
 
 
 def test_background_psnr_looks_outside_the_mask_only() -> None:
@@ -87,10 +109,23 @@ def test_background_psnr_looks_outside_the_mask_only() -> None:
     assert metrics.background_psnr(source, edited, mask) == math.inf
     edited = edited + 0.1 * (1 - mask[..., None])
     assert metrics.background_psnr(source, edited, mask) == pytest.approx(20, abs=0.01)
-    with pytest.raises(ValueError, match="covers every pixel"):
-        metrics.background_psnr(source, edited, torch.ones(1, SIDE, SIDE))
-    with pytest.raises(ValueError, match="mask: it is"):
-        metrics.background_psnr(source, edited, mask[:, :-1])
+    per_frame = mask.expand(FRAMES, -1, -1)
+    assert metrics.background_psnr(source, edited, per_frame) == metrics.background_psnr(source, edited, mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, SIDE, SIDE), "^mask: it covers every pixel"),
+        (torch.zeros(1, SIDE - 1, SIDE), "^mask: it is 48x47, and the video's frames are 48x48"),
+        (torch.zeros(FRAMES - 2, SIDE, SIDE), "^mask: it has 4 frames, and the video has 6"),
+        (torch.zeros(0, SIDE, SIDE), "^mask: it has 0 frames"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: Tensor, message: str) -> None:
+    source = blob_video(0, 0)
+    with pytest.raises(Refusal, match=message):
+        metrics.evaluate(source, source, mask=mask)
 
 
 @pytest.mark.parametrize("frames", [1, 2, FRAMES])

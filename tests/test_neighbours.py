@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERDICTS = ("works", "refused", "known limit")
-# What people were promised to find in the table.
+# The neighbours that the table must cover.
 EXPECTED = (
     "LoRA before or after", "LoRA hooks with a schedule", "one hint for each frame", "one hint for all frames",
     "strength and timestep range", "two at once", "T2I-Adapter", "IPAdapter", "FreeU", "PAG", "SAG", "ModelMerge",
@@ -19,7 +19,7 @@ EXPECTED = (
 
 
 def rows() -> list[list[str]]:
-    """Neighbour, verdict, what to know, test."""
+    """Return the table's rows: neighbour, verdict, note, test."""
     lines = (ROOT / "docs" / "neighbours.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("| ")][2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]

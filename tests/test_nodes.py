@@ -1,4 +1,4 @@
-"""The nodes themselves, on small models, inside ComfyUI's modules but without its server."""
+"""The nodes on small models, with ComfyUI's modules but without its server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_the_server() -> Any:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     import tune_a_video.nodes.tune as tune
-    from tune_a_video.nodes import motion, sample
+    from tune_a_video.nodes import load_motion, sample, save_motion
 
     hidden = SimpleNamespace(prompt=PROMPT, unique_id="3", extra_pnginfo=None)
     monkeypatch.setattr(tune.OneShotTune, "hidden", hidden)
@@ -46,8 +46,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
         inflate=tune.InflateUNet,
         invert=sample.DDIMInvert,
         sample=sample.TAVSample,
-        save=motion.SaveMotion,
-        load=motion.LoadMotion,
+        save=save_motion.SaveMotion,
+        load=load_motion.LoadMotion,
     )
 
 
@@ -93,7 +93,7 @@ def test_every_input_and_output_has_a_tooltip() -> None:
         assert schema.category.split("/")[0] == "Tune-A-Video" and schema.description
         for socket in (*schema.inputs, *schema.outputs):
             assert socket.tooltip, f"{schema.node_id}: {getattr(socket, 'id', socket)}"
-    # A contract with saved workflows.
+    # Saved workflows depend on these ids.
     assert ids == {
         "TAV_LoadVideo": "LoadVideo",
         "TAV_InflateUNet": "InflateUNet",
@@ -176,11 +176,11 @@ def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
 
 
 def test_the_prompt_is_looked_for_upstream() -> None:
-    from tune_a_video.nodes.support.graph import source_text
+    from tune_a_video.nodes.support.graph import find_prompt_text
 
-    assert source_text(PROMPT, "3", "conditioning") == "a man is skiing"
-    assert source_text(PROMPT, "4", "conditioning") == ""
-    assert source_text(None, None, "conditioning") == ""
+    assert find_prompt_text(PROMPT, "3", "conditioning") == "a man is skiing"
+    assert find_prompt_text(PROMPT, "4", "conditioning") == ""
+    assert find_prompt_text(None, None, "conditioning") == ""
 
 
 def test_tuning_keeps_the_inflation_it_is_given(nodes: Any) -> None:
@@ -285,7 +285,7 @@ def test_names_to_save_under(tmp_path: Path, prefix: str, message: str) -> None:
     root.mkdir()
     outside.mkdir()
     (root / "linked").symlink_to(outside)
-    with pytest.raises(ValueError, match=f"^filename_prefix: .*{message}.*; (give a name such as|type it again)"):
+    with pytest.raises(ValueError, match=f"^filename_prefix: .*{message}.*\\. (Give a name such as|Type it again)"):
         next_name(prefix, str(root), "ski")
     assert not list(outside.iterdir()) and [path.name for path in tmp_path.rglob("*")].count("linked") == 1
     assert next_name("사람/ski", str(root), "ski") == (str(root / "사람"), "ski_00001_", "사람")
@@ -310,7 +310,7 @@ def test_a_motion_saved_at_a_rank_comes_back_nearly_whole(nodes: Any) -> None:
     assert all(torch.equal(whole.tensors[key], value) for key, value in motion.tensors.items())
     small = nodes.load.execute(relative(nodes.save.execute(motion, "small", 32).args[0])).args[0]
     assert small.tensors.keys() == motion.tensors.keys()
-    # The tiny model's matrices are 32 to 64 wide: at rank 32 most of any change is kept.
+    # The tiny model's matrices are 32 to 64 wide, so rank 32 keeps most of any change.
     assert float(small.metadata["kept"]) > 0.7
     assert "kept" not in motion.metadata and "rank" not in small.metadata
 
@@ -331,7 +331,9 @@ def test_the_loss_curve_is_shown_while_it_is_tuned(nodes: Any, monkeypatch: pyte
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: shown.append((value, total, preview))
     )
     tuned(nodes, build_model(UNETS["tiny"]), steps=12)
-    assert [value for value, _, preview in shown if preview is None] == list(range(1, 13))
+    steps = [value for value, _, preview in shown if preview is None]
+    # Newer hosts leave out updates in quick succession, but never the first and the last.
+    assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (1, 12)
     pictured = [(value, preview) for value, _, preview in shown if preview is not None]
     assert [value for value, _ in pictured] == [5, 10]
     kind, picture, _ = pictured[-1][1]

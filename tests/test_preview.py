@@ -1,4 +1,4 @@
-"""What is shown in a node while it works: pictures that take turns, the curve with the clip below it, the stop."""
+"""Previews in a node: moving pictures, the loss curve with the clip below it, and the stop request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.comfyui
 
 
 class Registry:
-    """In the place of the host's progress: what was sent, and by which thread."""
+    """Replaces the host's progress registry: records what the preview thread sends."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int, int, Any]] = []
@@ -32,7 +32,7 @@ class Registry:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What goes through the progress bar, and what a thread sends, within a node of the id 7."""
+    """Record what the progress bar and the preview thread send within node 7."""
     import comfy.utils
     import tune_a_video.nodes.support.preview as preview
 
@@ -57,12 +57,12 @@ def test_pictures_take_turns_until_the_node_is_done(shown: Any) -> None:
     with shown.module.MovingPreview(10, 100.0) as preview:
         preview.show(1, frames(3))
         assert shown.registry.enough.wait(10)
-        preview.update(2)
+        preview.update(10)
     sent = [colour(picture) for *_, picture in shown.registry.sent]
     assert all(later == (earlier + 1) % 3 for earlier, later in zip(sent, sent[1:], strict=False))
     values = [value for _, value, *_ in shown.registry.sent]
     assert values == sorted(values) and {node for node, *_ in shown.registry.sent} == {"7"}
-    assert shown.bar[0][0] == 1 and shown.bar[0][2] is not None and shown.bar[-1] == (2, 10, None)
+    assert shown.bar[0][0] == 1 and shown.bar[0][2] is not None and shown.bar[-1] == (10, 10, None)
     assert not [thread for thread in threading.enumerate() if thread.name == "tune-a-video-preview"]
 
 
@@ -77,13 +77,13 @@ def test_a_cancelled_node_leaves_no_thread(shown: Any) -> None:
 def test_what_does_not_move_needs_no_thread(shown: Any, count: int) -> None:
     with shown.module.MovingPreview(10, 1000.0) as preview:
         preview.show(3, frames(count))
-        assert preview._thread is None
+        assert not [thread for thread in threading.enumerate() if thread.name == "tune-a-video-preview"]
     assert len(shown.bar) == 1 and (shown.bar[0][2] is not None) == (count == 1)
 
 
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the preview method of the host."""
+    """Return a function that sets the host's preview method."""
     from comfy.cli_args import LatentPreviewMethod, args
 
     def choose(name: str) -> None:
@@ -99,7 +99,7 @@ def test_every_frame_is_shown_in_its_order(method: Any, shown: Any) -> None:
     preview = shown.module.LatentFrames(model)
     light = [sum(colour(picture)) for _, picture, _ in preview.all(clip)]
     assert len(set(light)) == 5 and light in (sorted(light), sorted(light, reverse=True))
-    # One at least at each step, and all of them sooner or later.
+    # At least one frame is decoded at each step, and all of them in the end.
     counts = [len(preview.refreshed(clip)) for _ in range(5)]
     assert counts[0] >= 1 and counts == sorted(counts) and counts[-1] == 5
     assert [sum(colour(picture)) for _, picture, _ in preview.refreshed(clip)] == light
@@ -111,15 +111,17 @@ def test_nothing_is_shown_to_those_who_want_no_previews(method: Any, shown: Any)
     with shown.module.MovingPreview(2) as preview:
         shown.module.sampling_callback(model, preview)(0, torch.zeros(3, 4, 8, 8), torch.zeros(3, 4, 8, 8), 2)
     assert shown.bar == [(1, 2, None)]
-    # A reconstruction is shown even so: its steps were asked for.
+    # A reconstruction is shown even then, because the user asked for its steps.
     assert len(shown.module.LatentFrames(model, anyway=True).all(torch.zeros(3, 4, 8, 8))) == 3
 
 
 def test_the_clip_and_its_reconstruction_lie_below_the_curve() -> None:
     curve = pictures.loss_curve([1.0, 0.5])
-    alone = pictures.below(curve, [])
+    alone = pictures.curve_with_frames(curve, [])
     assert alone.size == (curve.shape[2], curve.shape[1])
-    pair = pictures.below(curve, [("clip", Image.new("RGB", (8, 8), "red")), ("now", Image.new("RGB", (8, 4), "blue"))])
+    pair = pictures.curve_with_frames(
+        curve, [("clip", Image.new("RGB", (8, 8), "red")), ("now", Image.new("RGB", (8, 4), "blue"))]
+    )
     assert pair.width == alone.width and pair.height > alone.height
     assert pair.crop((0, 0, *alone.size)).tobytes() == alone.tobytes()
     colours = {pixel for _, pixel in pair.getcolors(1_000_000)}
@@ -127,7 +129,7 @@ def test_the_clip_and_its_reconstruction_lie_below_the_curve() -> None:
 
 
 class Context:
-    """A tuning node with what it needs, in inference mode as on the server."""
+    """Runs One-Shot Tune in inference mode, as the server does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import tune_a_video.nodes.tune as tune

@@ -1,6 +1,6 @@
-"""What the pack may reach: no network, no program but ffmpeg and its own decoder, no code from data, no stray file.
+"""The pack uses no network, no program but ffmpeg and its own decoder, no code from data, and writes no stray file.
 
-Once read from the source, once watched while everything runs, by the interpreter's audit events.
+Checked in the source, and by the interpreter's audit events while every node runs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MODULES = set(
     "webbrowser websocket websockets xmlrpc".split()
 )
 ALLOWED_IMPORTS = {
-    # To look whether decord, or what older hosts lack, is there, without importing it.
+    # To check whether decord and comfy_api are installed without importing them.
     ("tav_core/media/video.py", "importlib.util"),
     ("__init__.py", "importlib.util"),
-    # To answer requests to the host's own server, and to tell which addresses it does not find.
+    # To answer requests to the host's own server, and to quote the pack's folder name as it does.
     *((f"nodes/support/{name}.py", f"aiohttp{part}") for name in ("stop", "routes") for part in ("", ".web")),
     ("nodes/support/routes.py", "urllib.parse"),
 }
@@ -38,7 +38,7 @@ ATTRIBUTES = {
     "os.startfile", "os.fork", "os.forkpty", "importlib.import_module", "builtins.eval", "builtins.exec",
 }  # fmt: skip
 STARTING = ("os.exec", "os.spawn", "os.posix_spawn")
-# Starts programs, with lists of arguments: ffmpeg, and the decoder in a process of its own.
+# The only file that starts programs (ffmpeg and the decoder), with lists of arguments.
 STARTS = ROOT / "tav_core" / "media" / "video.py"
 
 
@@ -52,7 +52,7 @@ def name_of(node: ast.AST) -> str:
 
 
 def reaches(path: Path, source: str) -> list[str]:
-    """What a module does that the pack must not."""
+    """Return what a module does that the pack must not do."""
     found = []
     place = path.relative_to(ROOT).as_posix()
     for node in ast.walk(ast.parse(source)):
@@ -117,9 +117,11 @@ from types import SimpleNamespace
 import torch
 from unets import UNETS, build_model
 from tune_a_video.nodes import demo_model as loader
-from tune_a_video.nodes import evaluate
-from tune_a_video.nodes import motion
+from tune_a_video.nodes import compare_videos
+from tune_a_video.nodes import evaluate_video
+from tune_a_video.nodes import load_motion
 from tune_a_video.nodes import sample
+from tune_a_video.nodes import save_motion
 from tune_a_video.nodes import tune
 from tune_a_video.nodes import video
 import folder_paths
@@ -141,13 +143,13 @@ def everything(turn):
     latent = {"samples": torch.randn(3, 4, 8, 8)}
     prompt = [[torch.randn(1, 7, 32), {}]]
     tuned, learnt, _ = run(tune.OneShotTune, model, latent, prompt, 6, 1e-3, turn, "all", "auto", 0, 1.0)
-    path = run(motion.SaveMotion, learnt, f"runs/{turn}", 4)[0]
-    again = run(motion.LoadMotion, os.path.relpath(path, folder_paths.get_folder_paths("tav")[0]))[0]
+    path = run(save_motion.SaveMotion, learnt, f"runs/{turn}", 4)[0]
+    again = run(load_motion.LoadMotion, os.path.relpath(path, folder_paths.get_folder_paths("tav")[0]))[0]
     inflated = run(tune.InflateUNet, model, "sparse-causal", "over frames", 1.0, 1.0, again)[0]
     inverted = run(sample.DDIMInvert, inflated, latent, prompt, 2)[0]
     run(sample.TAVSample, inflated, prompt, prompt, inverted, 2, 3.0, 0.5, 0)
-    run(evaluate.EvaluateVideo, frames, frames)
-    run(evaluate.CompareVideos, frames, frames)
+    run(evaluate_video.EvaluateVideo, frames, frames)
+    run(compare_videos.CompareVideos, frames, frames)
 
 seen = []
 def hook(event, args):
@@ -164,14 +166,14 @@ def hook(event, args):
             seen.append(["write", os.path.realpath(os.fsdecode(args[0]))])
     elif event in ("os.rename", "os.remove", "os.mkdir", "os.symlink", "os.link", "shutil.rmtree"):
         if event == "os.remove" and args[1] != -1:
-            return  # by a name within a folder that shutil.rmtree told of
+            return  # a name inside a folder that shutil.rmtree has reported
         path = args[1] if event in ("os.rename", "os.symlink") else args[0]
         seen.append([event, os.path.realpath(os.fsdecode(path))])
 
 watching = False
 sys.addaudithook(hook)
 with torch.inference_mode():
-    everything(0)  # what PyTorch and others do once, at their first use, is theirs
+    everything(0)  # libraries initialise themselves at their first use
     watching = True
     everything(1)
     run(loader.LoadDemoModel)
@@ -200,6 +202,6 @@ def test_nothing_is_reached_for_while_everything_runs(comfyui: Path, tmp_path: P
     touched = [path for event, path in seen if event in changed]
     assert any(path.startswith(allowed[2]) for path in touched), "nothing was watched"
     stray = [path for path in touched if not path.startswith(tuple(allowed)) and path != "/dev/null"]
-    # The test's own clip, on its way to where it is loaded from.
+    # The test moves its own clip into the input folder.
     assert {Path(path) for path in stray} <= {base / "input" / "clip.mp4"}, stray
     assert not [event for event in seen if event[0] not in ("subprocess.Popen", *changed)]

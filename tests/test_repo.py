@@ -1,4 +1,4 @@
-"""What the repository promises of itself: versions, requirements, node ids, help pages, clean imports."""
+"""The repository is consistent: versions, requirements, node ids, help pages, clean imports."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ print(hasattr(pack, "NODE_CLASS_MAPPINGS"))
 
 
 def declared_node_ids() -> set[str]:
-    """The node ids that the schemas in nodes/*.py name, read from the source: no ComfyUI is needed for it."""
+    """Return the node ids in nodes/*.py, read from the source so that no ComfyUI is needed."""
     return {
         keyword.value.value
-        for file in (*(ROOT / "nodes").glob("*.py"), ROOT / "demo" / "loader.py")
+        for file in (ROOT / "nodes").glob("*.py")
         for call in ast.walk(ast.parse(file.read_text()))
         if isinstance(call, ast.Call)
         for keyword in call.keywords
@@ -121,7 +121,7 @@ def test_every_node_has_a_help_page_and_no_page_is_left_over() -> None:
 
 @pytest.mark.comfyui
 def test_search_finds_nodes_by_the_words_people_type() -> None:
-    """On hosts whose search knows such words; others get schemas without them, and take them."""
+    """Only newer hosts know search words; older ones must get schemas without them."""
 
     async def schemas() -> dict[str, Any]:
         extension = await tune_a_video.comfy_entrypoint()
@@ -159,7 +159,7 @@ def test_newer_hosts_are_taken(version: str) -> None:
 def test_an_older_host_leaves_it_at_that_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As ComfyUI itself loads packs, had it another version."""
+    """Load the pack as ComfyUI does, under an older version number."""
     import comfyui_version
 
     import nodes
@@ -178,7 +178,7 @@ def test_the_oldest_host_is_the_same_everywhere() -> None:
 
 
 def test_every_file_is_python_3_10() -> None:
-    """The oldest that is promised; a newer one's syntax would not be seen on a newer one."""
+    """Python 3.10 is the oldest supported version; tests on newer ones would not notice newer syntax."""
     for file in ROOT.rglob("*.py"):
         if ".venv" not in file.parts:
             ast.parse(file.read_text(), file.name, feature_version=(3, 10))

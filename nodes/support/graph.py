@@ -1,4 +1,4 @@
-"""Reading the graph that is being run."""
+"""Read the graph that is running."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def source_text(prompt: Mapping[str, Any] | None, node_id: str | None, input_name: str) -> str:
-    """The text of the first prompt node upstream of an input; "" if there is none to be found.
+def find_prompt_text(prompt: Mapping[str, Any] | None, node_id: str | None, input_name: str) -> str:
+    """Return the text of the nearest prompt node upstream of an input, "" if none is found.
 
-    ``prompt``: the running graph in API format. Only a record of what was tuned on, so a graph that hides
-    its text (behind a linked string, say) is no error.
+    ``prompt``: the running graph in API format. The text is only a record of the tuning, so a graph that hides it
+    (behind a linked string, for example) is no error.
     """
     seen: set[str] = set()
     queue = [(prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)]

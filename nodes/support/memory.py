@@ -1,4 +1,4 @@
-"""What a node does when memory runs out: it says so, and has the host put its models aside."""
+"""Errors of nodes that run out of memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ...tav_core.out_of_memory import OutOfMemoryError, naming_input
 
 @contextmanager
 def memory_explained(name: str, remedy: str) -> Iterator[None]:
-    """For a node's ``execute``: ``name``, of the input that is too large; ``remedy``, a sentence on what to do.
+    """Decorate a node's ``execute``: name the input that is too large and the remedy when memory runs out.
 
-    The host itself puts models aside for errors of the accelerator's allocator, which a node's own words hide from it.
+    The host unloads its models only for errors of the accelerator's allocator, and the named error hides those from
+    it. So the models are unloaded here.
     """
     try:
         with naming_input(name, remedy):

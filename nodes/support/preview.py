@@ -1,4 +1,4 @@
-"""Moving pictures in a node: while it works, and of what came out."""
+"""Moving pictures in a node: previews while it runs, and a clip of its result."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from ...tav_core.media import video
 
-# A picture as the host sends it: format, picture, the size that it is scaled to.
+# A picture as the host sends it: format, picture, size that it is scaled to.
 Picture = tuple[str, Image.Image, int | None]
 
-# As many pictures a second as the paper's clips have.
+# The frame rate of the paper's clips.
 FRAMES_PER_SECOND = 8.0
-# At most this share of the time goes into decoding frames to be looked at.
+# At most this share of the time is spent on decoding frames for previews.
 _SHARE_OF_TIME = 0.05
 
 
 class MovingPreview:
-    """A node's progress bar, and below it pictures that take turns for as long as the context lasts.
+    """A node's progress bar with pictures below it, which change while the context lasts.
 
-    The host shows one picture for each progress message, and a step may take seconds: so a thread sends the pictures
-    between the steps. It says nothing of a cancelled run; that is for ``update``, in the node's own thread.
+    The host shows one picture for each progress message, and a step can take seconds, so a thread sends the pictures
+    between steps. The thread ignores a cancelled run; ``update`` and ``show`` raise in the node's own thread.
     """
 
     def __init__(self, total: int, frames_per_second: float = FRAMES_PER_SECOND) -> None:
@@ -54,13 +54,13 @@ class MovingPreview:
             self._thread.join()
 
     def update(self, done: int) -> None:
-        """Move the bar to ``done`` steps. Raises when the user cancels."""
+        """Move the bar to ``done`` steps. Raises if the user cancelled."""
         with self._lock:
             self._done = done
         self.bar.update_absolute(done, self._total)
 
     def show(self, done: int, pictures: Sequence[Picture]) -> None:
-        """The same, with new pictures in the place of those before. Raises when the user cancels."""
+        """Move the bar to ``done`` steps and replace the pictures. Raises if the user cancelled."""
         if not pictures:
             self.update(done)
             return
@@ -68,7 +68,7 @@ class MovingPreview:
             self._done, self._pictures = done, pictures
             self._turn %= len(pictures)
             picture = pictures[self._turn]
-        # Through the bar too: it is the way to clients that know nothing of nodes' own previews.
+        # Sent through the bar too, for clients without previews in nodes.
         self.bar.update_absolute(done, self._total, picture)
         if self._thread is None and self._node is not None and len(pictures) > 1:
             self._thread = threading.Thread(target=self._play, name="tune-a-video-preview", daemon=True)
@@ -82,9 +82,9 @@ class MovingPreview:
 
 
 class LatentFrames:
-    """The frames of a LATENT as pictures, by the preview method that the user has chosen; none for "none".
+    """Decode a LATENT's frames to pictures with the user's preview method; no pictures for "none".
 
-    ``anyway``: small coloured pictures even so.
+    ``anyway``: decode small coloured pictures even for "none".
     """
 
     def __init__(self, model: Any, anyway: bool = False) -> None:
@@ -98,12 +98,12 @@ class LatentFrames:
         self._next, self._seen = 0, time.monotonic()
 
     def all(self, x0: Tensor) -> list[Picture]:
-        """Every frame of x0 [frames, c, h, w], in the UNet's scale."""
+        """Decode every frame of x0 [frames, c, h, w], in the UNet's scale."""
         found = [self._decode(x0, frame) for frame in range(len(x0))]
         return [picture for picture in found if picture is not None]
 
     def refreshed(self, x0: Tensor) -> list[Picture]:
-        """What is known of the frames, in order: as many as the time allows are of this x0, the others of earlier."""
+        """Decode as many frames of x0 as the time allows, and return them in order with the older ones of the rest."""
         now = time.monotonic()
         until = now + _SHARE_OF_TIME * (now - self._seen)
         self._seen = now
@@ -123,7 +123,7 @@ class LatentFrames:
 
 
 def sampling_callback(model: Any, preview: MovingPreview) -> Callable[[int, Tensor, Tensor, int], None]:
-    """For a sampler of the host's: progress, and the frames as they become."""
+    """Return a callback for the host's samplers that shows progress and the frames so far."""
     frames = LatentFrames(model)
 
     def callback(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
@@ -133,7 +133,7 @@ def sampling_callback(model: Any, preview: MovingPreview) -> Callable[[int, Tens
 
 
 def temporary_video(images: Tensor, fps: float, name: str) -> ui.PreviewVideo:
-    """Frames [frames, h, w, 3] as an mp4 of the temp folder, which plays in the node."""
+    """Write frames [frames, h, w, 3] to an mp4 in the temp folder, and return it for the node to play."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(name, folder_paths.get_temp_directory())
     path = Path(folder, f"{name}_{counter:05}_.mp4")
     video.save_clip(images, fps, path)

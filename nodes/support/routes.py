@@ -1,4 +1,4 @@
-"""What the pack adds to the addresses of the host's server."""
+"""Routes that the pack adds to the host's server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACK = Path(__file__).parents[2]
 
 
 def register() -> None:
-    """Add the pack's addresses to the host's server, where there is one."""
+    """Add the pack's routes to the host's server, if there is one."""
     host: Any = sys.modules.get("server")
     instance = getattr(getattr(host, "PromptServer", None), "instance", None)
     if instance is None:
@@ -24,18 +24,18 @@ def register() -> None:
 
 
 def add_files(routes: Any, pack: Path) -> None:
-    """Serve help pages, scripts and templates of a pack whose folder has a space or the like in its name.
+    """Serve help pages, scripts and templates of a pack whose folder name needs quoting in a URL, such as a space.
 
-    The host serves them as static files, and aiohttp looks for those by a quoted prefix in an address that it has
-    unquoted before: below such a name it finds none. The host puts "/api" before each address, too.
+    The host serves them as static files. aiohttp compares the quoted prefix with the unquoted URL, so it finds no
+    static file below such a name. The host also repeats every route below "/api".
     """
     if urllib.parse.quote(pack.name) == pack.name:
         return
     from aiohttp import web
 
-    def serve(address: str, folder: Path) -> None:
-        # A pattern is matched with the unquoted address, and is not quoted itself.
-        @routes.get(f"/{address}/{{pack:{re.escape(pack.name)}}}/{{file:.+}}")
+    def serve(prefix: str, folder: Path) -> None:
+        # A pattern is compared with the unquoted URL, and is not quoted itself.
+        @routes.get(f"/{prefix}/{{pack:{re.escape(pack.name)}}}/{{file:.+}}")
         async def file(request: web.Request) -> web.StreamResponse:
             root = folder.resolve()
             path = (root / request.match_info["file"]).resolve()

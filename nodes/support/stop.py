@@ -1,7 +1,7 @@
-"""Ending a tuning by hand and keeping what it has learnt: ``POST /tune-a-video/stop``.
+"""End a tuning early and keep its weights: ``POST /tune-a-video/stop``, sent by the node's button (web/js/stop.js).
 
-The host's own cancel ends a node with an exception, and nothing comes out of it. This address only asks; the node
-ends after the step it is in, and the graph goes on with its result. The button in the node (web/js) calls it.
+The host's own cancel raises an exception in the node, which then has no result. This request sets an event; the node
+ends after the current step, and the graph continues with its weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _running: dict[str, threading.Event] = {}
 
 @contextmanager
 def stoppable(node: str) -> Iterator[threading.Event]:
-    """Within, a request to stop this node sets the event."""
+    """Yield an event that is set when this node is asked to stop."""
     event = _running[node] = threading.Event()
     try:
         yield event
@@ -26,18 +26,20 @@ def stoppable(node: str) -> Iterator[threading.Event]:
 
 
 def request_stop(node: str | None) -> list[str]:
-    """Ask the tunings that run to end: that of a node, or all for None. Returns the nodes that were asked.
+    """Ask running tunings to end: one node's, or all for None. Returns the nodes that were asked.
 
-    ``node``: as its graph numbers it; within a subgraph the host puts the subgraph's own number in front.
+    ``node``: its number in its own graph. Within a subgraph the host puts the subgraph's number in front.
     """
-    asked = [name for name in list(_running) if node is None or node in (name, name.rpartition(":")[2])]
+    # A copy, because the server's thread runs this while nodes start and end.
+    running = _running.copy()
+    asked = [name for name in running if node is None or node in (name, name.rpartition(":")[2])]
     for name in asked:
-        _running[name].set()
+        running[name].set()
     return asked
 
 
 def add_route(routes: Any) -> None:
-    """Add the address to a server's ``aiohttp.web.RouteTableDef``."""
+    """Add the stop request to a server's ``aiohttp.web.RouteTableDef``."""
     from aiohttp import web
 
     @routes.post(PATH)

@@ -1,4 +1,4 @@
-"""What the nodes' schemas share."""
+"""Names that all schemas use."""
 
 import dataclasses
 
@@ -15,5 +15,5 @@ _TAKES_ALIASES = "search_aliases" in {field.name for field in dataclasses.fields
 
 
 def search_aliases(*words: str) -> dict[str, list[str]]:
-    """For `io.Schema(**...)`: what people type to find a node, besides its name. Older hosts take no such words."""
+    """Return the search words of a node for `io.Schema(**...)`. Older hosts do not take search words."""
     return {"search_aliases": ["tune a video", "tune-a-video", "tav", *words]} if _TAKES_ALIASES else {}

@@ -1,4 +1,4 @@
-"""Pictures of results, for where people would rather look than read. All are IMAGEs [n, h, w, 3] in 0..1."""
+"""Draw curves, tables and sheets of frames. Results are IMAGEs [n, h, w, 3] in 0..1, unless said otherwise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from ..errors import Refusal
 
 _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
 _INK, _FAINT, _STRONG = (40, 40, 40), (170, 190, 220), (30, 90, 180)
@@ -24,20 +26,24 @@ def _font() -> Any:
     return ImageFont.load_default(size=_FONT_SIZE)
 
 
+def _finite_range(values: np.ndarray) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+
+
 def _points(values: np.ndarray, low: float, high: float, top: int, bottom: int) -> list[tuple[float, float]]:
-    """Where a curve's points lie between the margins; infinite and missing values are left out."""
+    """Place a curve's points between the margins, in pixels; infinite values and NaN are left out."""
     xs = np.linspace(_MARGIN, _WIDTH - _MARGIN, len(values)) if len(values) > 1 else np.array([_WIDTH / 2])
     ys = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
     return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
 
 
 def loss_curve(losses: Sequence[float], note: str = "") -> Tensor:
-    """Loss over steps as an IMAGE [1, h, w, 3]: each step thin, the mean of its neighbourhood thick; a note above."""
+    """Draw loss over steps as [1, h, w, 3]: each step as a thin line, the moving mean as a thick one, a note above."""
     picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
     values = np.asarray(losses, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = _finite_range(values)
     top, bottom = _MARGIN, _HEIGHT - _MARGIN
     window = max(1, len(values) // 20)
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
@@ -54,8 +60,8 @@ def loss_curve(losses: Sequence[float], note: str = "") -> Tensor:
     return _image(picture)
 
 
-def below(curve: Tensor, frames: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """A curve [1, h, w, 3] and, in a row below it, pictures with their captions, all at one size."""
+def curve_with_frames(curve: Tensor, frames: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Draw a curve [1, h, w, 3] above a row of captioned pictures of equal size."""
     top = Image.fromarray((curve[0] * 255).round().byte().numpy())
     if not frames:
         return top
@@ -72,14 +78,13 @@ def below(curve: Tensor, frames: Sequence[tuple[str, Image.Image]]) -> Image.Ima
 
 
 def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
-    """Something over frames, one panel below the other: IMAGE [1, h, w, 3]. An empty mapping gives a blank panel."""
+    """Draw curves over frames as [1, h, w, 3], one panel below the other. No curves give a blank panel."""
     panel = _HEIGHT // 2
     picture = Image.new("RGB", (_WIDTH, panel * max(len(curves), 1)), "white")
     draw = ImageDraw.Draw(picture)
     for index, (name, numbers) in enumerate(curves.items()):
         values = np.asarray(numbers, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        low, high = _finite_range(values)
         top, bottom = panel * index + _MARGIN // 2 + 8, panel * (index + 1) - _MARGIN // 2
         points = _points(values, low, high, top, bottom)
         draw.line(points, fill=_STRONG, width=2)
@@ -90,8 +95,8 @@ def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
     return _image(picture)
 
 
-def figures_above(figures: Sequence[tuple[str, str, str]], plot: Tensor) -> Tensor:
-    """A table of (name, value, what is good) above a plot [1, h, w, 3] of as wide: IMAGE [1, h', w, 3]."""
+def table_over_plot(figures: Sequence[tuple[str, str, str]], plot: Tensor) -> Tensor:
+    """Draw rows of name, value and what is good above a plot [1, h, w, 3], as [1, h', w, 3]."""
     row, columns = _CAPTION, (_GAP, 220, 310)
     picture = Image.new("RGB", (plot.shape[2], row * len(figures) + _GAP), "white")
     draw = ImageDraw.Draw(picture)
@@ -103,9 +108,9 @@ def figures_above(figures: Sequence[tuple[str, str, str]], plot: Tensor) -> Tens
 
 
 def contact_sheet(rows: Sequence[tuple[str, Tensor]], side: int = 128) -> Tensor:
-    """Videos below each other, their frames side by side: IMAGE [1, h, w, 3].
+    """Draw videos as rows of frames, [1, h, w, 3].
 
-    ``rows``: caption and frames [frames, h, w, 3]; every frame is fitted into ``side`` x ``side`` pixels.
+    ``rows``: caption and frames [frames, h, w, 3] of each video. Every frame is fitted into ``side`` x ``side`` pixels.
     """
     columns = max(len(frames) for _, frames in rows)
     size = (columns * (side + _GAP) + _GAP, len(rows) * (side + _CAPTION + _GAP) + _GAP)
@@ -123,20 +128,20 @@ def _fitted(frame: Tensor, side: int) -> Image.Image:
     picture = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().cpu().numpy())
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Enlarged pixels stay what they are; reduced ones are averaged.
+    # Enlarging keeps hard pixels; reducing averages them.
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
 def side_by_side(videos: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """Videos of one size as one video, next to each other with captions above: [frames, h', w', 3].
+    """Put videos of one size next to each other with captions above, [frames, h', w', 3].
 
-    ``videos``: caption and frames [frames, h, w, 3]. Shorter ones hold their last frame. Height and width of
-    the result are even, as video formats want them. Raises ValueError for sizes that differ.
+    ``videos``: caption and frames [frames, h, w, 3] of each. Shorter videos hold their last frame. The result's height
+    and width are even, as video formats require. Raises Refusal for sizes that differ.
     """
     sizes = {tuple(frames.shape[1:3]) for _, frames in videos}
     if len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        raise ValueError(f"videos: they differ in size ({listed}). Scale them to one size first.")
+        raise Refusal("source and edits", f"they differ in size ({listed})", "Scale them to one size first.")
     (height, width) = sizes.pop()
     length = max(len(frames) for _, frames in videos)
     whole = (_CAPTION + height + (_CAPTION + height) % 2, len(videos) * (width + _GAP) - _GAP)

@@ -273,20 +273,20 @@ def _odd_tensor(rng: Random, usual: Tensor) -> Tensor:
 def paths_case(rng: Random, scratch: Path) -> None:
     """Names and prefixes of all kinds; whatever comes of them, nothing is written outside the host's folders."""
     import folder_paths
-    from tune_a_video.nodes import motion, video
+    from tune_a_video.nodes import load_motion, save_motion, video
 
     outside = scratch / "outside"
     outside.mkdir(exist_ok=True)
     text = "".join(rng.choice(("", "../", "a/", "/", "//", "./", "~/")) for _ in range(3)) + rng.choice(mutate.TEXTS)
     before = _files(scratch)
-    node = rng.choice((video.LoadVideo, video.SaveVideo, motion.LoadMotion, motion.SaveMotion))
+    node = rng.choice((video.LoadVideo, video.SaveVideo, load_motion.LoadMotion, save_motion.SaveMotion))
     given: dict[str, Any] = {**_widgets(node), "file": text}
-    if node in (video.SaveVideo, motion.SaveMotion):
+    if node in (video.SaveVideo, save_motion.SaveMotion):
         del given["file"]
         given["filename_prefix"] = text
     if node is video.SaveVideo:
         given["images"] = torch.rand(2, 16, 16, 3)
-    if node is motion.SaveMotion:
+    if node is save_motion.SaveMotion:
         given["motion"] = Motion({"x": torch.zeros(1)})
     try:
         _execute(node, given)

@@ -1,17 +1,13 @@
-// A button in One-Shot Tune that ends the tuning and keeps what it has learnt (nodes/stop.py).
+// A button in One-Shot Tune that ends the tuning and keeps its weights (nodes/support/stop.py).
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
-const TEXTS = {
-    en: ["Stop and keep", "Tuning ends after this step; its weights are kept.", "This node is not tuning now."],
-    ko: ["중단하고 결과 유지", "이번 스텝을 마치고 튜닝을 끝냅니다. 학습된 가중치는 유지됩니다.", "이 노드는 지금 튜닝 중이 아닙니다."],
-    zh: ["停止并保留", "本步完成后结束微调，已学到的权重会保留。", "此节点当前没有在微调。"],
-    ja: ["停止して保持", "このステップの後に学習を終え、重みを保持します。", "このノードは今学習していません。"],
-};
+// The host's translations by language; ours are in locales/*/main.json.
+let translations = {};
 
 function texts() {
     const language = String(app.ui.settings.getSettingValue("Comfy.Locale") ?? "en").split("-")[0];
-    return TEXTS[language] ?? TEXTS.en;
+    return (translations[language]?.tuneAVideo ?? translations.en.tuneAVideo).stop;
 }
 
 function tell(severity, detail) {
@@ -26,8 +22,8 @@ async function stop(node) {
         });
         if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
         const { stopping } = await answer.json();
-        if (stopping.length) tell("info", texts()[1]);
-        else tell("warn", texts()[2]);
+        if (stopping.length) tell("info", texts().stopping);
+        else tell("warn", texts().notTuning);
     } catch (error) {
         tell("error", String(error));
     }
@@ -35,9 +31,12 @@ async function stop(node) {
 
 app.registerExtension({
     name: "tune-a-video.stop",
+    async init() {
+        translations = await (await api.fetchApi("/i18n")).json();
+    },
     nodeCreated(node) {
         if (node.comfyClass !== "TAV_OneShotTune") return;
-        const button = node.addWidget("button", texts()[0], null, () => stop(node), { serialize: false });
+        const button = node.addWidget("button", texts().button, null, () => stop(node), { serialize: false });
         // Neither saved with the workflow nor sent with the graph.
         button.serialize = false;
     },

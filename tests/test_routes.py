@@ -1,4 +1,4 @@
-"""What the pack adds to the host's server: an address to stop a tuning at, and files below a name with a space."""
+"""Routes that the pack adds to the host's server: the stop request, and files below a name with a space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfyui
 
 
 def with_server(routes: Any, ask: Callable[[Any], Awaitable[Any]]) -> Any:
-    """What `ask` says of a client of a server with these routes, and the same below /api as the host adds it."""
+    """Return what `ask` returns for a client of a server with these routes, repeated below /api as the host does."""
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 
@@ -33,13 +33,13 @@ def with_server(routes: Any, ask: Callable[[Any], Awaitable[Any]]) -> Any:
 
 def test_tunings_are_stopped_over_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiohttp import web
-    from tune_a_video.nodes.support import routes as addresses
+    from tune_a_video.nodes.support import routes as pack_routes
     from tune_a_video.nodes.support import stop
 
     routes = web.RouteTableDef()
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes)))
     monkeypatch.setitem(sys.modules, "server", server)
-    addresses.register()
+    pack_routes.register()
 
     async def ask(client: Any) -> list[Any]:
         async def stopping(**options: Any) -> Any:
@@ -54,6 +54,18 @@ def test_tunings_are_stopped_over_the_server(monkeypatch: pytest.MonkeyPatch) ->
         return [*answers, await stopping(json=[])]
 
     assert with_server(routes, ask) == [([], False), (["12"], True), (["12"], True), []]
+
+
+def test_a_tuning_that_ends_during_a_stop_request_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune_a_video.nodes.support import stop
+
+    second = stop.stoppable("2")
+    with stop.stoppable("1") as first:
+        event = second.__enter__()
+        monkeypatch.setattr(first, "set", lambda: second.__exit__(None, None, None))
+        assert stop.request_stop(None) == ["1", "2"]
+    assert event.is_set()
+    assert stop.request_stop(None) == []
 
 
 def test_files_are_found_below_a_name_with_a_space(tmp_path: Path) -> None:

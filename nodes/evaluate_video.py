@@ -1,0 +1,87 @@
+"""Evaluate Video: metrics of an edit against its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..tav_core import host
+from ..tav_core.errors import Refusal
+from ..tav_core.evaluation import metrics
+from ..tav_core.media import pictures
+from .support.limits import within_limits
+from .support.memory import memory_explained
+from .support.types import CATEGORY, search_aliases
+
+
+class EvaluateVideo(io.ComfyNode):
+    """Source and edited IMAGEs -> a table and a plot of metrics."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TAV_EvaluateVideo",
+            display_name="Evaluate Video (Tune-A-Video)",
+            category=CATEGORY,
+            **search_aliases("clip score", "frame consistency", "video metrics"),
+            description="Measures an edited clip: its motion and background against the source. With a CLIP Vision "
+            "model it also measures how consistent the frames are; with the matching CLIP, how well they fit the "
+            "prompt.",
+            inputs=[
+                io.Image.Input("source", tooltip="The clip that was edited, all its frames."),
+                io.Image.Input("edited", tooltip="The edit: as many frames, of the same size."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What the edit should show. Used only if both CLIP inputs are connected.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="From Load CLIP Vision. The paper measures with OpenAI's CLIP ViT-L/14.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text half of the same CLIP, with its text projection: Load CLIP with clip_l for "
+                    "ViT-L/14. A checkpoint's own CLIP has no projection.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="The part that was to change. The rest is compared with the source."
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="The figures, as a Markdown table."),
+                io.Image.Output(display_name="plot", tooltip="The figures of each frame, over frames."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @memory_explained("source", "Compare fewer frames, or make them smaller.")
+    @within_limits
+    def execute(
+        cls,
+        source: Any,
+        edited: Any,
+        prompt: str = "",
+        clip_vision: Any = None,
+        clip: Any = None,
+        mask: Any = None,
+    ) -> io.NodeOutput:
+        """Measure and plot. Raises Refusal for clips that differ in size or length, and for half a CLIP."""
+        if clip is not None and clip_vision is None:
+            raise Refusal("clip_vision", "it is missing", "The clip alone cannot look at frames; add Load CLIP Vision.")
+        metrics.check_same(source, edited)
+        images = None if clip_vision is None else host.image_embeddings(clip_vision, edited)
+        text = host.text_embedding(clip, prompt) if clip is not None and prompt.strip() else None
+        figures, curves = metrics.evaluate(source, edited, images, text, mask)
+        table, plot = metrics.table(figures), pictures.frame_curves(curves)
+        # A picture, because front ends show text only of the host's own nodes.
+        shown = ui.PreviewImage(pictures.table_over_plot(metrics.rows(figures), plot), cls=cls).as_dict()
+        return io.NodeOutput(table, plot, ui={**shown, **ui.PreviewText(table).as_dict()})
+
+
+NODES = [EvaluateVideo]
