@@ -4,11 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import LoadDemoModel
 from .evaluate import CompareVideos, EvaluateVideo
+from .load_video import LoadVideo
 from .motion import LoadMotion, SaveMotion
 from .sample import DDIMInvert, TAVSample
+from .save_video import SaveVideo
 from .support.routes import register
 from .tune import InflateUNet, OneShotTune
-from .video import LoadVideo, SaveVideo
 
 
 class TuneAVideoExtension(ComfyExtension):

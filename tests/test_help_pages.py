@@ -30,16 +30,24 @@ def rows(page: Path, title: str) -> dict[str, str]:
     return found
 
 
+def text_of(node: ast.AST) -> str | None:
+    """A string literal's text; what an f-string puts in is a placeholder."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]
+        return "".join(map(str, parts))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
 def literals() -> str:
-    """All string literals of the pack, one a line; what an f-string puts in is a placeholder."""
+    """All string literals of the pack, and the texts of its Refusals, one a line."""
     found = []
     for path in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tav_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal":
+                name, reason, remedy = (text_of(part) or PLACEHOLDER for part in node.args)
+                found.append(f"{name}: {reason}. {remedy}")
+            elif (text := text_of(node)) is not None:
+                found.append(text)
     return "\n".join(found)
 
 
