@@ -10,14 +10,14 @@ import comfy.sd
 import torch
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.evaluation import metrics
-from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.media.clip import load_clip
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints the table and returns its figures. Exits with a message where the two files don't fit together."""
     torch.set_num_threads(arguments.threads)
     source, edited = (
-        video.load_clip(file, frame_count=0, resize="keep").images for file in (arguments.source, arguments.edited)
+        load_clip(file, frame_count=0, resize="keep").images for file in (arguments.source, arguments.edited)
     )
     embeddings = text = None
     try:

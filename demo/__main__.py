@@ -112,7 +112,8 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     import job
     import torch
     from PIL import Image
-    from tune_a_video.tav_core.media import pictures, video
+    from tune_a_video.tav_core.media import pictures
+    from tune_a_video.tav_core.media.clip import load_clip
     from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
     output: Path = arguments.output
@@ -145,7 +146,7 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
         table = job.results(folder, tiny_sd.embedder())
     rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
     for edit in job.EDITS:
-        frames = video.load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
+        frames = load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
         rows.append((f"{edit.kind}: {edit.prompt}", job.reduced(frames)))
     sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
     Image.fromarray(sheet).save(folder / job.CONTACT_SHEET)

@@ -12,7 +12,8 @@ import torch
 from clips import CLIPS, FPS, Edit, edits
 from study import Settings, measure
 from torch import Tensor
-from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.media.clip import load_clip
+from tune_a_video.tav_core.media.encode import save_clip
 
 CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
 EDITS = edits(CLIP)
@@ -60,7 +61,7 @@ def results(folder: Path, embed: Any) -> list[dict[str, Any]]:
     source = CLIP.images()
     found = []
     for edit in EDITS:
-        frames = reduced(video.load_clip(folder / edit_file(edit), frame_count=0, resize="keep").images)
+        frames = reduced(load_clip(folder / edit_file(edit), frame_count=0, resize="keep").images)
         measured = measure(source, frames, edit, embed)
         found.append({"edit": edit.kind, "prompt": edit.prompt, "file": edit_file(edit), **measured})
     return found
@@ -68,4 +69,4 @@ def results(folder: Path, embed: Any) -> list[dict[str, Any]]:
 
 def save_source(folder: Path) -> None:
     """The clip itself, for LoadVideo and for looking at."""
-    video.save_clip(enlarged(CLIP.images()), FPS, folder / SOURCE_FILE, quality=100)
+    save_clip(enlarged(CLIP.images()), FPS, folder / SOURCE_FILE, quality=100)

@@ -14,7 +14,9 @@ from sprites import SIZE
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
-from tune_a_video.tav_core.media import pictures, video
+from tune_a_video.tav_core.media import pictures
+from tune_a_video.tav_core.media.clip import load_clip
+from tune_a_video.tav_core.media.encode import save_clip
 from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
@@ -32,9 +34,7 @@ def run(folder: Path) -> dict[str, float]:
     # As on a server, where nodes run in inference mode and a checkpoint's weights are inference tensors.
     with torch.inference_mode():
         model, clip, vae = tiny_sd.load()
-        frames = video.load_clip(
-            folder / SOURCE_FILE, frame_count=0, width=SIZE, height=SIZE, resize="crop to fill"
-        ).images
+        frames = load_clip(folder / SOURCE_FILE, frame_count=0, width=SIZE, height=SIZE, resize="crop to fill").images
         latent = vae.encode(frames)
         source, empty = tiny_sd.encode(clip, CLIP.prompt), tiny_sd.encode(clip, "")
 
@@ -75,6 +75,6 @@ def run(folder: Path) -> dict[str, float]:
                 inverted,
                 callback=lambda step, *_, bar=bar: bar.show(step + 1),
             )
-            video.save_clip(enlarged(vae.decode(edited)), FPS, folder / edit_file(edit), quality=100)
+            save_clip(enlarged(vae.decode(edited)), FPS, folder / edit_file(edit), quality=100)
             seconds[f"sampling, {edit.kind}"] = time.monotonic() - started
     return seconds

@@ -9,21 +9,22 @@ from . import (
     inflate,
     invert,
     load_motion,
+    load_video,
     sample,
     save_motion,
+    save_video,
     tune,
 )
 from .support.routes import register
-from .video import LoadVideo, SaveVideo
 
 # In the order of a graph.
 NODES: list[type[io.ComfyNode]] = [
-    LoadVideo,
+    *load_video.NODES,
     *inflate.NODES,
     *tune.NODES,
     *invert.NODES,
     *sample.NODES,
-    SaveVideo,
+    *save_video.NODES,
     *save_motion.NODES,
     *load_motion.NODES,
     *evaluate_video.NODES,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.media import encode
 from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
@@ -55,8 +55,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The nodes that write, on folders of their own; ``place(folder)`` has them write elsewhere."""
     import folder_paths
-    from tune_a_video.nodes import load_motion, save_motion, tune
-    from tune_a_video.nodes import video as video_nodes
+    from tune_a_video.nodes import load_motion, save_motion, save_video, tune
     from tune_a_video.nodes.support import paths
 
     def place(folder: Path) -> None:
@@ -69,7 +68,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(
         place=place,
         paths=paths,
-        save_video=type("SaveVideo", (video_nodes.SaveVideo,), hidden),
+        save_video=type("SaveVideo", (save_video.SaveVideo,), hidden),
         save=save_motion.SaveMotion,
         load=load_motion.LoadMotion,
         tune=type("OneShotTune", (tune.OneShotTune,), hidden),
@@ -203,7 +202,7 @@ def test_what_the_system_says_of_a_disk_is_said_with_a_remedy(
         patch.setattr(weights.safetensors.torch, "save_file", fail)
         nodes.save.execute(MOTION, "motion")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"^filename_prefix: {message}.*queue again"):
-        patch.setattr(video, "_run_encoder", fail)
+        patch.setattr(encode, "_run_encoder", fail)
         nodes.save_video.execute(FRAMES[:1, :16, :16], 8.0, "clip", "mp4", 80)
     assert not files(tmp_path)
 
@@ -212,7 +211,7 @@ def test_ffmpegs_own_words_on_a_full_disk_are_found(tmp_path: Path) -> None:
     log = open(tmp_path / "log", "wb+")  # noqa: SIM115
     with log:
         log.write(b"[mp4 @ 0x1] Error writing trailer: No space left on device\nConversion failed!\n")
-        error = video._encoder_error("clip.mp4", 1, log)
+        error = encode._encoder_error("clip.mp4", 1, log)
     assert isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 

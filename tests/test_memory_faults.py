@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import host, out_of_memory, schedule
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
-from tune_a_video.tav_core.media import pictures, video
+from tune_a_video.tav_core.media import decode, encode, pictures
+from tune_a_video.tav_core.media.clip import load_clip
+from tune_a_video.tav_core.media.process import CannotReadError
 from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.motion import low_rank
 from tune_a_video.tav_core.motion.file import Motion
@@ -303,22 +305,29 @@ def motion() -> Motion:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     path = tmp_path / "clip.mp4"
-    video.save_clip(torch.rand(4, 16, 16, 3), 8.0, path)
+    encode.save_clip(torch.rand(4, 16, 16, 3), 8.0, path)
     return path
 
 
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import folder_paths
-    from tune_a_video.nodes import compare_videos, evaluate_video, load_motion, save_motion, tune
-    from tune_a_video.nodes import video as video_nodes
+    from tune_a_video.nodes import (
+        compare_videos,
+        evaluate_video,
+        load_motion,
+        load_video,
+        save_motion,
+        save_video,
+        tune,
+    )
 
     for kind in ("input", "output", "temp"):
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "tav", ([str(tmp_path)], {".safetensors"}))
     hidden = {"hidden": SimpleNamespace(prompt={}, unique_id="1", extra_pnginfo=None)}
     return SimpleNamespace(
-        load_video=video_nodes.LoadVideo,
-        save_video=type("SaveVideo", (video_nodes.SaveVideo,), hidden),
+        load_video=load_video.LoadVideo,
+        save_video=type("SaveVideo", (save_video.SaveVideo,), hidden),
         save=save_motion.SaveMotion,
         load=load_motion.LoadMotion,
         tune=type("OneShotTune", (tune.OneShotTune,), hidden),
@@ -336,8 +345,8 @@ POPEN_FAILS = pytest.param(
 ALLOCATIONS = [
     ("load_video", LOAD, torch, "empty"),
     ("load_video", LOAD, Image, "fromarray"),
-    ("save_video", (FRAMES, 8.0, "out/clip", "mp4", 80), video.np, "pad"),
-    ("save_video", (FRAMES, 8.0, "out/clip", "gif", 80), video, "_add_gif_comment"),
+    ("save_video", (FRAMES, 8.0, "out/clip", "mp4", 80), encode.np, "pad"),
+    ("save_video", (FRAMES, 8.0, "out/clip", "gif", 80), encode, "_add_gif_comment"),
     ("save", ("motion", "out/motion", 4), torch.linalg, "svd"),
     ("save", ("motion", "out/motion"), weights.safetensors.torch, "save_file"),
     ("load", ("low-rank.safetensors",), low_rank, "draw_temporal"),
@@ -414,20 +423,20 @@ def test_other_errors_stay_what_they_are() -> None:
 
 def test_a_decoder_that_runs_out_of_memory_is_no_damaged_file(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def starved(*_: Any) -> Any:
-        raise video._CannotReadError("Error while decoding: Cannot allocate memory")
+        raise CannotReadError("Error while decoding: Cannot allocate memory")
         yield
 
-    monkeypatch.setattr(video, "_decord_frames", starved)
-    monkeypatch.setattr(video, "_ffmpeg_frames", starved)
+    monkeypatch.setattr(decode, "decord_frames", starved)
+    monkeypatch.setattr(decode, "av_frames", starved)
     with pytest.raises(MemoryError, match="Cannot allocate memory"):
-        video.load_clip(clip, width=16, height=16)
+        load_clip(clip, width=16, height=16)
 
 
 def test_an_encoder_that_the_system_ended_was_out_of_memory(tmp_path: Path) -> None:
     log = open(tmp_path / "log", "wb+")  # noqa: SIM115
     with log:
-        assert is_out_of_memory(video._encoder_error("clip.mp4", -9, log))
-        assert not is_out_of_memory(video._encoder_error("clip.mp4", 1, log))
+        assert is_out_of_memory(encode._encoder_error("clip.mp4", -9, log))
+        assert not is_out_of_memory(encode._encoder_error("clip.mp4", 1, log))
 
 
 def test_what_pytorch_really_says_is_known() -> None:

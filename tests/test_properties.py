@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from tune_a_video.tav_core.attention import SPATIAL_MODES, gather_frames, temporal_attend
-from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.media import select
 from tune_a_video.tav_core.motion.file import Motion, load_motion, save_motion
 from tune_a_video.tav_core.motion.low_rank import SEED_KEY, compress, expand
 from tune_a_video.tav_core.norm import pooled_group_norm
@@ -26,13 +26,13 @@ TIMES = GAPS.map(lambda gaps: [math.fsum(gaps[:number]) for number in range(len(
 
 
 @patient
-@given(TIMES, st.floats(0, 100), st.sampled_from(video.START_UNITS), st.integers(0, 50), st.integers(1, 10))
+@given(TIMES, st.floats(0, 100), st.sampled_from(select.START_UNITS), st.integers(0, 50), st.integers(1, 10))
 def test_selected_frames_are_every_stepth_from_the_start(
     times: list[float], start: float, unit: str, count: int, step: int
 ) -> None:
     fps = (len(times) - 1) / times[-1] if times[-1] else 1.0
     try:
-        chosen = video.select_frames(times, fps, start, unit, count, step)
+        chosen = select.select_frames(times, fps, start, unit, count, step)
     except ValueError as error:
         late = round(start) >= len(times) if unit == "frames" else start > times[-1] + 0.5 / fps
         assert late and str(error).startswith("start: ")
@@ -51,15 +51,15 @@ ASKED = st.integers(1, 64).map(lambda number: 8 * number)
 
 
 @patient
-@given(SIDES, SIDES, ASKED, ASKED, st.sampled_from(video.RESIZE_MODES))
+@given(SIDES, SIDES, ASKED, ASKED, st.sampled_from(select.RESIZE_MODES))
 def test_sizes_suit_the_vae_and_boxes_lie_in_the_picture(
     wide: int, high: int, width: int, height: int, resize: str
 ) -> None:
-    target = video.fitted_size((wide, high), width, height, resize)
+    target = select.fitted_size((wide, high), width, height, resize)
     assert all(side >= 8 and side % 8 == 0 for side in target)
     if resize == "fit":
         assert target[0] <= max(width, 8) and target[1] <= max(height, 8)
-    left, top, right, bottom = video.source_box((wide, high), target, resize)
+    left, top, right, bottom = select.source_box((wide, high), target, resize)
     assert -1e-6 <= left < right <= wide + 1e-6 and -1e-6 <= top < bottom <= high + 1e-6
     # Centred, and undistorted unless that is asked for. Whole pixels may be one off the middle.
     assert abs(left + right - wide) <= 1 and abs(top + bottom - high) <= 1

@@ -26,7 +26,7 @@ MODULES = set(
 )
 ALLOWED_IMPORTS = {
     # To check whether decord and comfy_api are installed without importing them.
-    ("tav_core/media/video.py", "importlib.util"),
+    ("tav_core/media/decode.py", "importlib.util"),
     ("__init__.py", "importlib.util"),
     # To answer requests to the host's own server, and to quote the pack's folder name as it does.
     *((f"nodes/support/{name}.py", f"aiohttp{part}") for name in ("stop", "routes") for part in ("", ".web")),
@@ -38,8 +38,8 @@ ATTRIBUTES = {
     "os.startfile", "os.fork", "os.forkpty", "importlib.import_module", "builtins.eval", "builtins.exec",
 }  # fmt: skip
 STARTING = ("os.exec", "os.spawn", "os.posix_spawn")
-# The only file that starts programs (ffmpeg and the decoder), with lists of arguments.
-STARTS = ROOT / "tav_core" / "media" / "video.py"
+# The files that start programs, with lists of arguments: the reader of clips in a process of its own, and ffmpeg.
+STARTS = {ROOT / "tav_core" / "media" / name for name in ("process.py", "encode.py")}
 
 
 def name_of(node: ast.AST) -> str:
@@ -64,7 +64,7 @@ def reaches(path: Path, source: str) -> list[str]:
         for name in imported:
             if name.split(".")[0] in MODULES and (place, name) not in ALLOWED_IMPORTS:
                 found.append(f"imports {name}")
-            if name.split(".")[0] == "subprocess" and path != STARTS:
+            if name.split(".")[0] == "subprocess" and path not in STARTS:
                 found.append("imports subprocess")
             if name in ATTRIBUTES or name.startswith(STARTING):
                 found.append(f"imports {name}")
@@ -120,10 +120,11 @@ from tune_a_video.nodes import demo_model as loader
 from tune_a_video.nodes import compare_videos
 from tune_a_video.nodes import evaluate_video
 from tune_a_video.nodes import load_motion
+from tune_a_video.nodes import load_video
 from tune_a_video.nodes import sample
 from tune_a_video.nodes import save_motion
+from tune_a_video.nodes import save_video
 from tune_a_video.nodes import tune
-from tune_a_video.nodes import video
 import folder_paths
 for folder in ("input", "output", "temp"):
     (base / folder).mkdir(parents=True, exist_ok=True)
@@ -136,9 +137,9 @@ def run(node, *args):
 
 def everything(turn):
     frames = torch.rand(3, 64, 64, 3)
-    saved = [run(video.SaveVideo, frames, 8.0, f"clips/{turn}", kind, 80)[1] for kind in ("mp4", "webm", "gif")]
+    saved = [run(save_video.SaveVideo, frames, 8.0, f"clips/{turn}", kind, 80)[1] for kind in ("mp4", "webm", "gif")]
     os.replace(saved[0], base / "input" / "clip.mp4")
-    run(video.LoadVideo, "clip.mp4", 0.0, "seconds", 3, 1, 64, 64, "stretch")
+    run(load_video.LoadVideo, "clip.mp4", 0.0, "seconds", 3, 1, 64, 64, "stretch")
     model = build_model(UNETS["tiny"])
     latent = {"samples": torch.randn(3, 4, 8, 8)}
     prompt = [[torch.randn(1, 7, 32), {}]]
@@ -193,9 +194,9 @@ def test_nothing_is_reached_for_while_everything_runs(comfyui: Path, tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(told.read_text())
     programs = [argument for event, argument in seen if event == "subprocess.Popen"]
-    ffmpeg, decoder = imageio_ffmpeg.get_ffmpeg_exe(), str(ROOT / "tav_core" / "media" / "decord_reader.py")
+    ffmpeg, reader = imageio_ffmpeg.get_ffmpeg_exe(), str(ROOT / "tav_core" / "media" / "reader.py")
     for program, arguments in programs:
-        assert program == ffmpeg or arguments[:3] == [sys.executable, "-I", decoder], arguments
+        assert program == ffmpeg or arguments[:3] == [sys.executable, "-I", reader], arguments
     assert any(program == ffmpeg for program, _ in programs)
     allowed = [str(base / folder) for folder in ("output", "temp", "models/tav", "scratch")]
     changed = ("write", "os.rename", "os.remove", "os.mkdir", "os.symlink", "os.link", "shutil.rmtree")

@@ -212,7 +212,7 @@ def test_the_demo_workflows_clip_is_the_demos(monkeypatch: pytest.MonkeyPatch) -
     """If not, copy what `make demo` leaves as demo-output/source.mp4."""
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
     from clips import CLIPS
-    from tune_a_video.tav_core.media.video import load_clip
+    from tune_a_video.tav_core.media.clip import load_clip
 
     drawn = next(clip for clip in CLIPS if clip.name == Path(workflows.DRAWN.file).stem)
     assert drawn.prompt == workflows.DRAWN.prompt

@@ -109,10 +109,11 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
 def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> Any:
     """The source and every video that was saved, frame by frame, as a picture."""
     from PIL import Image
-    from tune_a_video.tav_core.media import pictures, video
+    from tune_a_video.tav_core.media import pictures
+    from tune_a_video.tav_core.media.clip import load_clip
 
     def frames(path: Path) -> Any:
-        return video.load_clip(path, frame_count=0, resize="keep").images
+        return load_clip(path, frame_count=0, resize="keep").images
 
     captions = (text for title, text in SENTENCES[name].items() if title.startswith("edit"))
     rows = [(SOURCE, frames(server.input_folder / workflows.DRAWN.file))]

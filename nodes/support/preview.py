@@ -17,7 +17,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...tav_core.media import video
+from ...tav_core.media.encode import save_clip
 
 # A picture as the host sends it: format, picture, size that it is scaled to.
 Picture = tuple[str, Image.Image, int | None]
@@ -136,5 +136,5 @@ def temporary_video(images: Tensor, fps: float, name: str) -> ui.PreviewVideo:
     """Write frames [frames, h, w, 3] to an mp4 in the temp folder, and return it for the node to play."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(name, folder_paths.get_temp_directory())
     path = Path(folder, f"{name}_{counter:05}_.mp4")
-    video.save_clip(images, fps, path)
+    save_clip(images, fps, path)
     return ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.temp)])

@@ -17,7 +17,9 @@ import mutate
 import safetensors.torch
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.media import video
+from tune_a_video.tav_core.media.clip import load_clip
+from tune_a_video.tav_core.media.encode import FORMATS, save_clip
+from tune_a_video.tav_core.media.select import RESIZE_MODES, START_UNITS
 from tune_a_video.tav_core.motion.file import FORMAT, Motion, load_motion
 from tune_a_video.tav_core.motion.low_rank import SEED_KEY, compress, expand
 
@@ -67,8 +69,8 @@ def _clips(scratch: Path, shared: Path) -> dict[str, bytes]:
     frames = torch.rand(12, 48, 64, 3, generator=torch.Generator().manual_seed(0))
     sound = {"waveform": torch.rand(1, 2, 8000) - 0.5, "sample_rate": 8000}
     path = scratch / "made.mp4"
-    for extension in video.FORMATS:
-        video.save_clip(frames, 12.0, path.with_suffix(f".{extension}"), 50, sound, {"workflow": {"x": 1}})
+    for extension in FORMATS:
+        save_clip(frames, 12.0, path.with_suffix(f".{extension}"), 50, sound, {"workflow": {"x": 1}})
     again = {
         "made.avi": ["-c:v", "mpeg4"],
         "made.mov": ["-c:v", "prores"],
@@ -97,15 +99,15 @@ def video_case(rng: Random, clips: dict[str, bytes], scratch: Path) -> None:
     path = scratch / f"case-{os.getpid()}{Path(name).suffix}"
     path.write_bytes(data)
     try:
-        clip = video.load_clip(
+        clip = load_clip(
             path,
             start=rng.choice((0.0, 0.0, 0.3, 3.0)),
-            start_unit=rng.choice(video.START_UNITS),
+            start_unit=rng.choice(START_UNITS),
             frame_count=rng.choice((0, 1, 4, 24)),
             frame_step=rng.choice((1, 1, 3)),
             width=64,
             height=64,
-            resize=rng.choice(video.RESIZE_MODES),
+            resize=rng.choice(RESIZE_MODES),
         )
     finally:
         path.unlink()
@@ -174,14 +176,14 @@ def _conditioning() -> list[Any]:
 
 def _calls(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Node class name -> the class and what it is connected to."""
-    from tune_a_video.nodes import sample, tune, video
+    from tune_a_video.nodes import load_video, sample, save_video, tune
 
     frames = {"images": torch.rand(2, 16, 16, 3)}
     latent, conditioning = {"latent": _latent()}, {"conditioning": _conditioning()}
     prompts = {"positive": _conditioning(), "negative": _conditioning()}
     return {
-        "load": (video.LoadVideo, {}),
-        "save": (video.SaveVideo, frames),
+        "load": (load_video.LoadVideo, {}),
+        "save": (save_video.SaveVideo, frames),
         "inflate": (tune.InflateUNet, {"model": model}),
         "tune": (tune.OneShotTune, {"model": model, **latent, **conditioning}),
         "invert": (sample.DDIMInvert, {"model": model, **latent, **conditioning}),
@@ -273,18 +275,18 @@ def _odd_tensor(rng: Random, usual: Tensor) -> Tensor:
 def paths_case(rng: Random, scratch: Path) -> None:
     """Names and prefixes of all kinds; whatever comes of them, nothing is written outside the host's folders."""
     import folder_paths
-    from tune_a_video.nodes import load_motion, save_motion, video
+    from tune_a_video.nodes import load_motion, load_video, save_motion, save_video
 
     outside = scratch / "outside"
     outside.mkdir(exist_ok=True)
     text = "".join(rng.choice(("", "../", "a/", "/", "//", "./", "~/")) for _ in range(3)) + rng.choice(mutate.TEXTS)
     before = _files(scratch)
-    node = rng.choice((video.LoadVideo, video.SaveVideo, load_motion.LoadMotion, save_motion.SaveMotion))
+    node = rng.choice((load_video.LoadVideo, save_video.SaveVideo, load_motion.LoadMotion, save_motion.SaveMotion))
     given: dict[str, Any] = {**_widgets(node), "file": text}
-    if node in (video.SaveVideo, save_motion.SaveMotion):
+    if node in (save_video.SaveVideo, save_motion.SaveMotion):
         del given["file"]
         given["filename_prefix"] = text
-    if node is video.SaveVideo:
+    if node is save_video.SaveVideo:
         given["images"] = torch.rand(2, 16, 16, 3)
     if node is save_motion.SaveMotion:
         given["motion"] = Motion({"x": torch.zeros(1)})

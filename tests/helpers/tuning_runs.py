@@ -13,7 +13,7 @@ from tune_a_video.tav_core import host
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.checkpoint import Checkpoint
 from tune_a_video.tav_core.tuning.memory_plan import Level, Plan
-from tune_a_video.tav_core.tuning.trainer import PAPER, Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 
 Draw = Callable[[int], tuple[int, Tensor]]

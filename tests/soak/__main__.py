@@ -42,7 +42,8 @@ from host_server import HostError, HostServer  # noqa: E402
 from jobs import Job  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from tune_a_video.tav_core.media import video  # noqa: E402
+from tune_a_video.tav_core.media.clip import load_clip  # noqa: E402
+from tune_a_video.tav_core.media.encode import save_clip  # noqa: E402
 
 PACK = "Tune-A-Video"
 OUTCOMES = ("identical", "interrupted", "off the queue", "DIFFERENT", "FAILED")
@@ -87,7 +88,7 @@ def write_inputs(base: Path) -> None:
                 shape = ((x + 5 * index) % 24) < 10
                 colours = torch.tensor([0.1, 0.3, 0.9]), torch.tensor([0.05, 0.05, 0.1])
             frames.append(torch.where(shape[..., None], *colours))
-        video.save_clip(torch.stack(frames), 8.0, base / "input" / name)
+        save_clip(torch.stack(frames), 8.0, base / "input" / name)
 
 
 def started(comfyui: Path, base: Path, shared: Path) -> HostServer:
@@ -256,7 +257,7 @@ def _read(path: Path) -> None:
         with Image.open(path) as picture:
             picture.load()
     elif path.suffix == ".mp4":
-        video.load_clip(path, frame_count=0, width=64, height=64)
+        load_clip(path, frame_count=0, width=64, height=64)
     else:
         with safe_open(path, framework="np") as file:
             for key in file.keys():  # noqa: SIM118

@@ -1,0 +1,122 @@
+"""The frames of a clip, listed without decoding them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import Refusal
+from .process import CannotReadError, TimeLimitError, read
+from .select import MAX_SIDE
+
+PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
+MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
+MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
+KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A clip as `probe` found it.
+
+    ``width``, ``height``: pixels as displayed; ``fps``: mean frames a second; ``times``: seconds of each frame, in
+    display order; ``pts``: the same in the file's unit, None if the file has no usable ones; ``keys``: number and
+    decoding time of each frame where decoding can begin, empty if the container does not find them exactly.
+    """
+
+    path: str
+    width: int
+    height: int
+    fps: float
+    times: tuple[float, ...]
+    pts: tuple[int, ...] | None
+    keys: tuple[tuple[int, int], ...]
+    has_audio: bool
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """List a video file's frames.
+
+    Raises Refusal for a file that is missing, empty, no video, without a picture, too large, or cut short.
+    """
+    full = _existing_file(path)
+    name = os.path.basename(full)
+    try:
+        found, table = next(read("av", "packets", PROBE_LIMIT, MAX_PIXELS, path=full, most=MAX_FRAMES + 1))
+    except TimeLimitError:
+        reason = f"'{name}' could not be read within {PROBE_LIMIT} seconds"
+        raise Refusal("file", reason, "Cut out the part you need first.") from None
+    except (CannotReadError, StopIteration):
+        raise _not_a_video(name) from None
+    if not found["picture"] and found["sound"]:
+        raise Refusal("file", f"'{name}' holds sound but no video", "Choose a file with a video track.")
+    if not found["picture"]:
+        raise _not_a_video(name)
+    packets = np.frombuffer(table, np.int64).reshape(-1, 3)
+    if len(packets) > MAX_FRAMES:
+        raise Refusal("file", f"'{name}' has more than {MAX_FRAMES} frames", "Cut out the part you need first.")
+    if found["cut"] or (len(packets) and packets[-1, 2] & CORRUPT):
+        raise Refusal("file", f"'{name}' is truncated: its end is missing", "Upload or download it again.")
+    width, height = found["size"]
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise Refusal(
+            "file",
+            f"'{name}' is {width}x{height} pixels large",
+            f"At most {MAX_SIDE} a side and {MAX_PIXELS / 1e6:.0f} million in all are read: make it smaller first.",
+        )
+    # An edit list hides frames that others need for decoding: they are never displayed.
+    shown = packets[packets[:, 2] & DISCARDED == 0]
+    shown = shown[np.argsort(shown[:, 0], kind="stable")]
+    if not len(shown) or not (width and height):
+        raise Refusal(
+            "file",
+            f"'{name}' has no frames that can be read ({len(shown)} of {width}x{height} pixels)",
+            "Convert it to mp4 and try again.",
+        )
+    numerator, denominator = found["unit"]
+    times = [(int(pts) - found["origin"]) * numerator / denominator for pts in shown[:, 0]]
+    fps = frame_rate(found["rate"], times)
+    pts: tuple[int, ...] | None = tuple(shown[:, 0].tolist())
+    if (np.diff(shown[:, 0]) <= 0).any():  # some containers store no usable times
+        times, pts = [number / fps for number in range(len(times))], None
+    exact = pts is not None and found["container"].startswith(("mov", "matroska"))
+    keys = np.flatnonzero(shown[:, 2] & KEY) if exact else np.arange(0)
+    return VideoInfo(
+        full,
+        width,
+        height,
+        fps,
+        tuple(times),
+        pts,
+        tuple((int(key), int(shown[key, 1])) for key in keys),
+        found["sound"],
+    )
+
+
+def _not_a_video(name: str) -> Refusal:
+    reason = f"'{name}' cannot be opened: it is no video, or it is truncated"
+    return Refusal("file", reason, "Upload it again, or choose another file.")
+
+
+def _existing_file(path: str | Path) -> str:
+    name = os.path.basename(str(path)).replace("\0", "?")
+    if "\0" in str(path) or not os.path.isfile(path):
+        raise Refusal("file", f"'{name}' does not exist", "Upload it again, or choose another file.")
+    if os.path.getsize(path) == 0:
+        raise Refusal("file", f"'{name}' is empty (0 bytes)", "Upload it again, or choose another file.")
+    return os.path.abspath(path)
+
+
+def frame_rate(stated: Sequence[int] | None, times: Sequence[float]) -> float:
+    """Return the stated rate (numerator, denominator), else that of the times, in frames a second, never 0."""
+    if stated and stated[0] > 0 and stated[1] > 0:
+        return stated[0] / stated[1]
+    return (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else 1.0
