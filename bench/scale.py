@@ -11,6 +11,7 @@ from steps import Step, add_model_arguments, measure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 KINDS = ("tune-step", "invert-step", "sample-step")
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "scale.png"
@@ -43,10 +44,13 @@ def run(frames: list[int], sizes: list[int], picture: Path, **model: Any) -> dic
     by_frames.set(title=f"{min(sizes)} x {min(sizes)} pixels", xlabel="frames", ylabel="seconds per frame")
     by_size.set(title=f"{min(frames)} frames", xlabel="pixels, square", ylabel="seconds per frame")
     for axes in (by_frames, by_size):
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         # At least one decade, so that flat curves look flat.
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, high / 10), high)
-        axes.grid(which="both", axis="y", alpha=0.3)
+        axes.grid(axis="y", alpha=0.3)
         axes.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=100)
@@ -57,5 +61,4 @@ def run(frames: list[int], sizes: list[int], picture: Path, **model: Any) -> dic
 def _curve(axes: Any, name: str, axis: str, rows: list[dict[str, Any]]) -> None:
     points = sorted((row[axis], row["s_per_frame"]) for row in rows)
     axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points], minor=False)
-    axes.minorticks_off()
+    axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
