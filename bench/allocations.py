@@ -1,4 +1,4 @@
-"""The most memory that tensors hold at one time: the allocator's own figure on a GPU, counted one by one on the CPU."""
+"""Count the peak memory of tensors on the CPU, where no allocator keeps that figure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operations make inside it, while they live; ``peak`` is the most of them.
+    """Count the bytes of the live storages that operations inside it have made; ``peak`` is the maximum.
 
-    What was there before is not counted. On the CPU an operation's own scratch space is not seen, as it never
-    becomes a tensor. Slows every operation down: not for timing.
+    Storages from before are not counted, and neither is an operation's scratch space, which never becomes a tensor.
+    Every operation is slower inside: do not time it.
     """
 
     def __init__(self) -> None:

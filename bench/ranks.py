@@ -1,91 +1,95 @@
-"""What a motion loses when it is saved at a rank, with the demo's model: its edits beside those of the whole motion."""
+"""Measure the loss of saving a motion at a rank, with the demo's model: its edits beside the whole motion's."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+import pipeline
 import study
 import torch
-from clips import CLIPS, edits
+from clips import CLIPS, Clip, Edit
+from clips import edits as edits_of
 from torch import Tensor
-from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion import low_rank
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
-SHOWN = ("attributes", "edit right", "trajectory", "motion alignment", "frame consistency")
+SHOWN = ("kept", "psnr", "attributes", "edit right", "trajectory", "motion alignment", "frame consistency")
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """By rank, 0 for the whole motion: means over clips and edits, and how far the pictures are from the whole's.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the clips, edits and ranks."""
+    parser.add_argument("--clips", type=int, default=3)
+    parser.add_argument("--edits", type=int, default=4)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
 
-    ``kept``: share of what tuning changed (``low_rank.compress``); ``psnr``: of an edit against the whole motion's
-    edit, dB. Last, the model without a motion, for what there is to lose.
+
+def run(clips: int, edits: int, ranks: list[int]) -> dict[str, Any]:
+    """Return, by form of the motion (whole, each rank, untuned), the means over clips and edits.
+
+    ``kept``: the share of the tuned change that a rank keeps (``low_rank.compress``). ``psnr``: an edit against the
+    whole motion's edit, dB.
     """
-    torch.set_num_threads(arguments.threads)
-    settings = study.Settings()
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         parts, embed = tiny_sd.load(), tiny_sd.embedder()
-        for clip in CLIPS[: arguments.clips]:
-            asked = edits(clip)[: arguments.edits]
-            tuning = TuneSettings(steps=settings.tune_steps, learning_rate=settings.learning_rate)
-            source = tiny_sd.encode(parts[1], clip.prompt)
-            latent = parts[2].encode(clip.images())
-            tuned, _ = one_shot_tune(parts[0], latent, source, tuning)
-            motion = Motion(tuned.tensors, {low_rank.SEED_KEY: str(tuning.seed)})
-            forms: dict[str, Motion | None] = {"whole": motion.to(torch.float16)}
-            kept = {"whole": 1.0}
-            for rank in arguments.ranks:
-                small = low_rank.compress(motion, rank)
-                forms[f"rank {rank}"], kept[f"rank {rank}"] = low_rank.expand(small), float(small.metadata["kept"])
-            forms["untuned"], kept["untuned"] = None, 0.0
-            whole: dict[str, Tensor] = {}
-            for form, weights in forms.items():
-                for edit, video in zip(asked, _edited(parts, latent, source, weights, asked, settings), strict=True):
-                    whole.setdefault(edit.kind, video)
-                    error = float((video - whole[edit.kind]).square().mean())
-                    figures = study.measure(clip.images(), video, edit, embed)
-                    rows.append(
-                        {
-                            "clip": clip.name,
-                            "edit": edit.kind,
-                            "form": form,
-                            "kept": kept[form],
-                            "psnr": float("inf") if error == 0 else -10 * torch.tensor(error).log10().item(),
-                            **figures,
-                        }
-                    )
-                print(f"{clip.name}: {form}", flush=True)
+        for clip in CLIPS[:clips]:
+            rows += _rows(parts, embed, clip, edits, ranks)
+    forms = dict.fromkeys(row["form"] for row in rows)
     summary = {form: _means([row for row in rows if row["form"] == form]) for form in forms}
-    print(f"{'':<10}" + "".join(f"{name:>19}" for name in ("kept", "psnr", *SHOWN)))
+    print(f"{'':<10}" + "".join(f"{name:>19}" for name in SHOWN))
     for form, means in summary.items():
-        print(f"{form:<10}" + "".join(f"{means[name]:>19.3f}" for name in ("kept", "psnr", *SHOWN)))
+        print(f"{form:<10}" + "".join(f"{means[name]:>19.3f}" for name in SHOWN))
     return {"rows": rows, "summary": summary}
 
 
+def _rows(parts: study.Parts, embed: Any, clip: Clip, count: int, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Tune on one clip, and measure its first edits with every form of the motion."""
+    settings = study.Settings()
+    model, text, vae = parts
+    tuning = TuneSettings(steps=settings.tune_steps, learning_rate=settings.learning_rate)
+    source, latent = tiny_sd.encode(text, clip.prompt), vae.encode(clip.images())
+    tuned, _ = one_shot_tune(model, latent, source, tuning)
+    motion = Motion(tuned.tensors, {low_rank.SEED_KEY: str(tuning.seed)})
+    forms: dict[str, tuple[Motion | None, float]] = {"whole": (motion.to(torch.float16), 1.0)}
+    for rank in ranks:
+        small = low_rank.compress(motion, rank)
+        forms[f"rank {rank}"] = low_rank.expand(small), float(small.metadata["kept"])
+    forms["untuned"] = None, 0.0
+
+    rows: list[dict[str, Any]] = []
+    whole: dict[str, Tensor] = {}
+    for form, (weights, kept) in forms.items():
+        videos = _edited(parts, latent, source, weights, edits_of(clip)[:count], settings)
+        whole = whole or videos
+        for edit in edits_of(clip)[:count]:
+            error = (videos[edit.kind] - whole[edit.kind]).square().mean()
+            row = {"clip": clip.name, "edit": edit.kind, "form": form, "kept": kept, "psnr": -10 * error.log10().item()}
+            rows.append({**row, **study.measure(clip.images(), videos[edit.kind], edit, embed)})
+        print(f"{clip.name}: {form}", flush=True)
+    return rows
+
+
 def _edited(
-    parts: study.Parts, latent: Tensor, source: Any, motion: Motion | None, asked: Any, settings: study.Settings
-) -> list[Tensor]:
+    parts: study.Parts, latent: Tensor, source: Any, motion: Motion | None, asked: Sequence[Edit], settings: Any
+) -> dict[str, Tensor]:
+    """Return the frames of each edit, by kind."""
     model, text, vae = parts
     ready = host.inflate_model(model, Inflation(), motion)
-    levels = host.sigma_table(ready)
-    rising = schedule.inversion_sigmas(levels, settings.ddim_steps)
-    falling = schedule.sampling_sigmas(levels, settings.ddim_steps)
-    start = host.run_sampler(ready, ddim_invert, rising, source, source, 1.0, latent)
+    noise = pipeline.invert(ready, latent, source, settings.ddim_steps)
     empty = tiny_sd.encode(text, "")
-    videos = []
+    videos = {}
     for edit in asked:
         prompt = tiny_sd.encode(text, edit.prompt)
-        sampled = host.run_sampler(ready, ddim_sample, falling, prompt, empty, settings.guidance, start)
-        videos.append(vae.decode(sampled))
+        edited = pipeline.sample(ready, noise, prompt, empty, settings.ddim_steps, settings.guidance)
+        videos[edit.kind] = vae.decode(edited)
     return videos
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in ("kept", "psnr", *SHOWN)}
+    return {name: sum(row[name] for row in rows) / len(rows) for name in SHOWN}

@@ -1,54 +1,97 @@
-"""One kind of step, timed: tuning, inverting, sampling."""
+"""Time one kind of step: tuning, inverting, sampling."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pipeline
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation, initial_temporal
-from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 from unets import UNETS, build_model
 
+UNET_NAMES = ("sd15", "sd21", "sdxl", "tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCOPES = {"all": "all", "middle-up": "middle and up"}
-GUIDANCE = 12.5
+OnStep = Callable[..., None]
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per step (median, spread), FLOPs, rate against a matrix product, peak memory."""
-    torch.set_num_threads(arguments.threads)
-    dtype = DTYPES[arguments.precision]
+@dataclass(frozen=True)
+class Step:
+    """One measurement: the kind of step, the model and the clip.
+
+    kind: "tune-step", "invert-step" or "sample-step". height, width: pixels. steps: timed steps, after `warmup` others.
+    budget: GiB, the node's memory_budget. train_scope, plan and budget concern tuning steps only.
+    """
+
+    kind: str
+    unet: str = "sd15"
+    precision: str = "fp32"
+    frames: int = 8
+    height: int = 64
+    width: int = 64
+    steps: int = 7
+    warmup: int = 2
+    train_scope: str = "all"
+    plan: str = "auto"
+    budget: float | None = None
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all benchmarks of steps share."""
+    parser.add_argument("--unet", default=Step.unet, choices=UNET_NAMES)
+    parser.add_argument("--precision", default=Step.precision, choices=list(DTYPES))
+    parser.add_argument("--steps", type=int, default=Step.steps, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=Step.warmup, help="steps before those")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of a `Step`."""
+    add_model_arguments(parser)
+    parser.add_argument("--frames", type=int, default=Step.frames)
+    parser.add_argument("--height", type=int, default=Step.height, help="pixels")
+    parser.add_argument("--width", type=int, default=Step.width, help="pixels")
+    if parser.get_default("kind") == "tune-step":
+        parser.add_argument("--train-scope", default=Step.train_scope, choices=list(SCOPES))
+        parser.add_argument("--plan", default=Step.plan, choices=["auto", "keep", "selective", "recompute"])
+        parser.add_argument("--budget", type=float, help="GiB, the node's memory_budget")
+
+
+def run(**fields: Any) -> dict[str, Any]:
+    """Measure one `Step` and print its figures."""
+    figures = measure(Step(**fields))
+    for key, value in figures.items():
+        print(f"{key:>24}  {value:.4g}" if isinstance(value, float) and math.isfinite(value) else f"{key:>24}  {value}")
+    return figures
+
+
+def measure(step: Step) -> dict[str, Any]:
+    """Return seconds per step (median, spread), FLOPs, their rate against a matrix product, and peak memory."""
+    dtype = DTYPES[step.precision]
     with torch.inference_mode():
-        rate = matmul_rate(dtype)
-        # Tuning computes in the asked precision whatever the weights are in; sampling, in the weights'.
-        model = build_model(UNETS[arguments.unet], dtype=torch.float32 if arguments.command == "tune-step" else dtype)
-        seconds, flops = time_steps(arguments, model)
+        # Tuning computes in the asked precision whatever the weights are in; sampling computes in the weights'.
+        model = build_model(UNETS[step.unet], dtype=torch.float32 if step.kind == "tune-step" else dtype)
+        rate = matmul_rate(model.load_device, dtype)
+        seconds, flops = time_steps(step, model)
     median = statistics.median(seconds)
     return {
-        "command": arguments.command,
-        "unet": arguments.unet,
-        "frames": arguments.frames,
-        "size": f"{arguments.width}x{arguments.height}",
-        "precision": arguments.precision,
-        "train_scope": getattr(arguments, "train_scope", None),
-        "plan": getattr(arguments, "plan", None),
-        "threads": arguments.threads,
+        **asdict(step),
+        "threads": torch.get_num_threads(),
         "device": device_name(model.load_device),
         "median_s": median,
         "min_s": min(seconds),
         "max_s": max(seconds),
-        "s_per_frame": median / arguments.frames,
+        "s_per_frame": median / step.frames,
         "flops": float(flops),
         "flops_per_s": flops / median,
         "matmul_flops_per_s": rate,
@@ -57,83 +100,71 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def time_steps(arguments: argparse.Namespace, model: Any) -> tuple[list[float], float]:
-    """Seconds of each timed step, and the FLOPs of one."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(arguments.frames, 4, arguments.height // 8, arguments.width // 8, generator=generator)
-    prompts = [conditioning(model, seed) for seed in (1, 2)]
+def time_steps(step: Step, model: Any) -> tuple[list[float], float]:
+    """Return the seconds of each timed step and the FLOPs of one."""
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stamps: list[float] = []
     flops = 0.0
 
-    def on_step(step: int, *_: Any) -> None:
+    def on_step(index: int, *_: Any) -> None:
         nonlocal flops
         synchronize(model.load_device)
-        if step == 0:
+        if index == 0:
             counter.__enter__()
-        elif step == 1:
+        elif index == 1:
             counter.__exit__(None, None, None)
             flops = counter.get_total_flops()
         stamps.append(time.perf_counter())
 
-    # Two steps more than are timed: the first sets up, and the second counts its FLOPs, which slows it down.
-    total = arguments.warmup + arguments.steps + 2
-    runner = tune if arguments.command == "tune-step" else walk
-    runner(arguments, model, latents, prompts, total, on_step)
-    timed = stamps[-arguments.steps - 1 :]
+    # Two more steps than asked: the first sets up, and counting FLOPs slows the second down.
+    (tune if step.kind == "tune-step" else walk)(step, model, step.warmup + step.steps + 2, on_step)
+    timed = stamps[-step.steps - 1 :]
     return [after - before for before, after in zip(timed, timed[1:], strict=False)], flops
 
 
-def tune(
-    arguments: argparse.Namespace,
-    model: Any,
-    latents: Tensor,
-    prompts: list[Any],
-    steps: int,
-    on_step: Callable[..., None],
-) -> None:
-    """Tuning steps through the code that the node runs."""
+def tune(step: Step, model: Any, steps: int, on_step: OnStep) -> None:
+    """Run tuning steps through the code that the node runs."""
     one_shot_tune(
         model,
-        latents,
-        prompts[0],
-        TuneSettings(steps=steps, train_scope=SCOPES[arguments.train_scope]),  # type: ignore[arg-type]
-        precision=DTYPES[arguments.precision],
-        budget=None if arguments.budget is None else arguments.budget * 2**30,
-        level=None if arguments.plan == "auto" else arguments.plan,
+        random_latent(step.frames, step.height, step.width),
+        conditioning(model, 1),
+        TuneSettings(steps=steps, train_scope=SCOPES[step.train_scope]),  # type: ignore[arg-type]
+        precision=DTYPES[step.precision],
+        budget=None if step.budget is None else step.budget * 2**30,
+        level=None if step.plan == "auto" else step.plan,  # type: ignore[arg-type]
         on_step=on_step,
     )
 
 
-def walk(
-    arguments: argparse.Namespace,
-    model: Any,
-    latents: Tensor,
-    prompts: list[Any],
-    steps: int,
-    on_step: Callable[..., None],
-) -> None:
-    """Inversion or guided sampling steps through the host's guider."""
-    motion = Motion(initial_temporal(host.unet_of(model), lambda path: True, 0))
-    inflated = host.inflate_model(model, Inflation(), motion)
-    table = host.sigma_table(model)
-    if arguments.command == "invert-step":
-        sampler, sigmas, guidance = ddim_invert, schedule.inversion_sigmas(table, steps), 1.0
+def walk(step: Step, model: Any, steps: int, on_step: OnStep) -> None:
+    """Run inversion or guided sampling steps through the host's guider."""
+    latent = random_latent(step.frames, step.height, step.width)
+    positive, negative = (conditioning(model, seed) for seed in (1, 2))
+    if step.kind == "invert-step":
+        pipeline.invert(inflated(model), latent, positive, steps, callback=on_step)
     else:
-        sampler, sigmas, guidance = ddim_sample, schedule.sampling_sigmas(table, steps), GUIDANCE
-    host.run_sampler(inflated, sampler, sigmas, prompts[0], prompts[1], guidance, latents, callback=on_step)
+        pipeline.sample(inflated(model), latent, positive, negative, steps, callback=on_step)
+
+
+def inflated(model: Any) -> Any:
+    """Inflate a model with untrained temporal layers."""
+    return host.inflate_model(model, Inflation(), Motion(initial_temporal(host.unet_of(model), lambda path: True, 0)))
+
+
+def random_latent(frames: int, height: int, width: int) -> torch.Tensor:
+    """Return a random latent [frames, 4, height / 8, width / 8]."""
+    return torch.randn(frames, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
 
 
 def conditioning(model: Any, seed: int) -> list[Any]:
-    """A random prompt as wide as the model takes it."""
+    """Return a random prompt of the width that the model takes."""
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(1, 77, host.context_width(model), generator=generator)
     return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
 
-def matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """FLOP/s of a square matrix product: what this machine can do at this moment."""
-    device = host.comfy.model_management.get_torch_device()
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """Measure the FLOP/s of a square matrix product, the machine's speed at this moment."""
     a = torch.randn(side, side, device=device).to(dtype)
     times = []
     for _ in range(5):
@@ -151,12 +182,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Name the device that was measured."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory the process held: on the device, or in RAM where there is none."""
+    """Return the peak memory of the process: on the GPU if there is one, else in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -167,7 +198,7 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    # Two products again for the scores and three for the gradients, of two forward.
+    # Five matrix products, where the forward pass has two: two for the scores and three for the gradients.
     return int(sdpa_flop_count(q, k, v) * 5 // 2)
 
 

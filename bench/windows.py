@@ -1,4 +1,4 @@
-"""What clips of any length cost in context windows: the most memory and the time of guided sampling steps."""
+"""Measure long clips, whole and in context windows: peak memory and time of guided sampling steps."""
 
 from __future__ import annotations
 
@@ -6,57 +6,52 @@ import argparse
 import time
 from typing import Any
 
+import pipeline
 import torch
 from allocations import Allocations
-from steps import DTYPES, GUIDANCE, conditioning
-from tune_a_video.tav_core import host, schedule
-from tune_a_video.tav_core.inflate import Inflation, initial_temporal
-from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.sample import ddim_sample
+from steps import DTYPES, UNET_NAMES, conditioning, inflated, random_latent
 from unets import UNETS, build_model
 
 STEPS = 2
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A row for every number of frames, whole and in windows: GiB beside the weights, seconds of a step a frame."""
-    torch.set_num_threads(arguments.threads)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, the clip lengths and the window."""
+    parser.add_argument("--unet", default="tiny", choices=UNET_NAMES)
+    parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--size", type=int, default=64, help="pixels, square")
+    parser.add_argument("--window", type=int, default=8, help="frames")
+
+
+def run(unet: str, precision: str, frames: list[int], size: int, window: int) -> dict[str, Any]:
+    """Return a row per clip length, whole and in windows: GiB beside the weights, seconds per step and frame."""
     rows = []
     print(f"{'frames':>7}{'':>20}{'peak':>12}{'a frame':>12}")
     with torch.inference_mode():
-        model = build_model(UNETS[arguments.unet], dtype=DTYPES[arguments.precision])
-        motion = Motion(initial_temporal(host.unet_of(model), lambda path: True, 0))
-        inflated = host.inflate_model(model, Inflation(), motion)
-        for frames in arguments.frames:
-            for window in (None, arguments.window):
-                row = {"frames": frames, "window": window, **_cost(inflated, frames, arguments.size, window)}
+        whole = inflated(build_model(UNETS[unet], dtype=DTYPES[precision]))
+        models = {"whole": (None, whole), f"windows of {window}": (window, _windowed(whole, window))}
+        for count in frames:
+            for name, (length, model) in models.items():
+                row = {"frames": count, "window": length, **_cost(model, count, size)}
                 rows.append(row)
-                name = f"windows of {window}" if window else "whole"
-                print(f"{frames:>7}{name:>20}{row['peak_gib']:>8.3f} GiB{row['s_per_frame']:>10.3f} s", flush=True)
+                print(f"{count:>7}{name:>20}{row['peak_gib']:>8.3f} GiB{row['s_per_frame']:>10.3f} s", flush=True)
     return {"rows": rows}
 
 
-def _cost(model: Any, frames: int, size: int, window: int | None) -> dict[str, float]:
-    """The two figures; memory is counted in one run and time measured in another."""
-    if window:
-        model = _windowed(model, window)
-    latents = torch.randn(frames, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+def _cost(model: Any, frames: int, size: int) -> dict[str, float]:
+    """Return both figures; one run counts memory and another one measures time."""
+    latent = random_latent(frames, size, size)
     positive, negative = (conditioning(model, seed) for seed in (1, 2))
-    sigmas = schedule.sampling_sigmas(host.sigma_table(model), STEPS)
-
-    def sample() -> None:
-        host.run_sampler(model, ddim_sample, sigmas, positive, negative, GUIDANCE, latents)
-
-    counted = Allocations()
-    with counted:
-        sample()
+    with Allocations() as counted:
+        pipeline.sample(model, latent, positive, negative, STEPS)
     began = time.perf_counter()
-    sample()
+    pipeline.sample(model, latent, positive, negative, STEPS)
     return {"peak_gib": counted.peak / 2**30, "s_per_frame": (time.perf_counter() - began) / STEPS / frames}
 
 
 def _windowed(model: Any, length: int) -> Any:
-    """What Context Windows (Manual) makes of a model: windows of frames that overlap by a quarter."""
+    """Set what Context Windows (Manual) sets on a model: windows of frames that overlap by a quarter."""
     from comfy import context_windows
 
     model = model.clone()

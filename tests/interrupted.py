@@ -1,8 +1,8 @@
-"""Tuning runs that are killed or cancelled at random moments, and the weights they end with.
+"""Kill or cancel tuning runs at random moments, and compare their weights with an undisturbed run's.
 
-`python tests/interrupted.py --kills 200 --cancels 200 --seed 0` prints a line for each kind and exits with 0 if
-every run ended with the weights of an undisturbed one and no partial file was ever to be seen. On the CPU, in
-float32, on a tiny UNet. Needs os.fork: Linux or macOS.
+`python tests/interrupted.py --kills 200 --cancels 200 --seed 0` prints a line for each kind. Exit status 0 = every run
+ended with the weights of an undisturbed one, and no partial file was ever visible. Runs a tiny UNet on the CPU in
+float32. Needs os.fork: Linux or macOS.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-# A forked process cannot use an accelerator that its parent has looked at.
+# A forked process cannot use an accelerator that its parent has initialised.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import engine  # noqa: E402
 
 STEPS = 12
-# Seconds after a run's start within which it is killed: somewhat longer than it takes.
+# A run is killed within this many seconds; somewhat longer than a whole run takes.
 LONGEST = 1.5
 
 
 def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
-    """One run on a tiny model; a checkpoint every step, if there is a folder."""
+    """Tune a tiny model, with a checkpoint every step if a folder is given."""
     import torch
     from tune_a_video.tav_core import host
     from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
@@ -54,7 +54,7 @@ def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Whether two runs ended with the same bits."""
+    """Tell whether two runs ended with the same bits."""
     import torch
 
     (motion, losses), (other, other_losses) = ours, theirs
@@ -66,7 +66,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 def visible_but_broken(folder: Path) -> list[str]:
-    """Files that somebody who lists the folder sees and cannot read whole."""
+    """List the folder's visible files that cannot be read whole."""
     from safetensors import SafetensorError, safe_open
 
     broken = []
@@ -80,11 +80,11 @@ def visible_but_broken(folder: Path) -> list[str]:
 
 
 def run_and_kill(folder: Path, after: float) -> bool:
-    """A run in a process of its own, killed after so many seconds; whether it was still running."""
+    """Tune in a process of its own and kill it after ``after`` seconds. Returns whether it was still running."""
     child = os.fork()
     if not child:
         try:
-            # Paced, so that the moments are spread over writing and tuning alike on a fast machine.
+            # The pace spreads the moments over writing and tuning alike on a fast machine.
             tune(folder, pace=0.02)
         finally:
             os._exit(0)
@@ -95,11 +95,11 @@ def run_and_kill(folder: Path, after: float) -> bool:
 
 
 def killed(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
-    """A run that is killed until it is through; how often it took, and what was wrong."""
+    """Kill a run until one attempt finishes. Returns the number of kills and the complaints."""
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder, kills = Path(scratch), 0
-        # Later and later, so that a busy machine gets through as well.
+        # Later each time, so that a busy machine finishes, too.
         while run_and_kill(folder, rng.uniform(0.05, LONGEST * (1 + kills / 10))):
             kills += 1
             wrong += [f"{name} can be seen and not read" for name in visible_but_broken(folder)]
@@ -112,7 +112,7 @@ def killed(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
 
 
 def cancelled(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
-    """A run that is cancelled after one step or several, again and again, until it is through."""
+    """Cancel a run after one step or several until it finishes. Returns the number of cancels and the complaints."""
     with tempfile.TemporaryDirectory() as scratch:
         cancels, step = 0, rng.randrange(STEPS)
         while step < STEPS:

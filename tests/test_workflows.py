@@ -66,6 +66,45 @@ def gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
+def overlaps(boxes: dict[str, tuple[float, ...]]) -> list[tuple[str, str]]:
+    """Pairs with less than 10 pixels between them."""
+    return [(a, b) for a, b in itertools.combinations(boxes, 2) if gap(boxes[a], boxes[b]) < 10]
+
+
+def box(node: Json) -> tuple[float, ...]:
+    """(left, top, right, bottom) of a node on the classic canvas, its title included."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    return left, top - 30, left + width, top + height
+
+
+def tall_box(node: Json) -> tuple[float, ...]:
+    """The box in Nodes 2.0: 24 pixels a slot and 36 a widget, where the classic canvas has 20 and 24."""
+    left, top, right, bottom = box(node)
+    sockets = sum("widget" not in entry for entry in node["inputs"])
+    widgets = 0 if node["type"] in workflows.NOTES else len(node["widgets_values"])
+    taller = 4 * max(sockets, len(node["outputs"])) + 12 * widgets
+    return left, top, right, bottom + taller + 20
+
+
+def queued(workflow: Json, definitions: workflows.Definitions) -> Json:
+    """The API graph that the front end makes of a workflow: links and stored values, by input."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] in workflows.NOTES:
+            continue
+        widgets = workflows.widget_inputs(workflows.without_added(node["type"], definitions[node["type"]]))
+        stored = zip(widgets, node["widgets_values"], strict=True)
+        inputs = {name: value for (name, kind), value in stored if kind in workflows.WIDGET_TYPES}
+        inputs |= {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
+        graph[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {**workflows.ADDED_INPUTS.get(node["type"], {}), **inputs},
+            "_meta": {"title": node.get("title", node["type"])},
+        }
+    return graph
+
+
 def frame(group: Json) -> tuple[float, float, float, float]:
     left, top, width, height = group["bounding"]
     return left, top, left + width, top + height
@@ -118,20 +157,30 @@ def test_our_nodes_exist(workflow: Json) -> None:
 
 
 def test_nodes_do_not_overlap(workflow: Json) -> None:
-    boxes = {f"{node['type']} {node['id']}": workflows.box(node) for node in workflow["nodes"]}
-    close = [(a, b) for a, b in itertools.combinations(boxes, 2) if gap(boxes[a], boxes[b]) < 10]
-    assert close == []
+    assert overlaps({str(node["id"]): box(node) for node in workflow["nodes"]}) == []
+
+
+def test_nodes_do_not_overlap_in_nodes_2_0(workflow: Json) -> None:
+    """Nodes 2.0 keeps positions and widths, and draws titles, slots and widgets taller."""
+    assert overlaps({str(node["id"]): tall_box(node) for node in workflow["nodes"]}) == []
+
+
+def test_nodes_that_touch_are_found() -> None:
+    upper, lower = (0.0, 0.0, 10.0, 100.0), (5.0, 105.0, 15.0, 200.0)
+    assert overlaps({"upper": upper, "lower": lower}) == [("upper", "lower")]
+    assert overlaps({"upper": upper, "lower": (5.0, 110.0, 15.0, 200.0)}) == []
 
 
 def test_groups_frame_their_nodes_and_nothing_else(workflow: Json) -> None:
     frames = [frame(group) for group in workflow["groups"]]
     assert all(gap(a, b) > 0 for a, b in itertools.combinations(frames, 2))
     for node in workflow["nodes"]:
-        around = [each for each in frames if gap(each, workflows.box(node)) < 0]
-        if node["type"] in workflows.NOTES:
-            assert around == []
-        else:
-            assert len(around) == 1 and inside(workflows.box(node), around[0]), node["type"]
+        for drawn in (box(node), tall_box(node)):
+            around = [each for each in frames if gap(each, drawn) < 0]
+            if node["type"] in workflows.NOTES:
+                assert around == []
+            else:
+                assert len(around) == 1 and inside(drawn, around[0]), node["type"]
 
 
 def test_there_is_a_note_and_every_prompt_has_a_title(workflow: Json) -> None:
@@ -142,46 +191,38 @@ def test_there_is_a_note_and_every_prompt_has_a_title(workflow: Json) -> None:
 @pytest.mark.comfyui
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, definitions: workflows.Definitions) -> None:
-    """Inputs, their order and types, and the stored values; if not, run tools/workflows.py."""
-    written, made = read(path), workflows.build(path.stem, definitions)
+    """If not, run tools/workflows.py."""
+    written, (made, graph) = read(path), workflows.build(path.stem, definitions)
     for workflow in (written, made):
         for node in workflow["nodes"]:
             # A newer ComfyUI may have given a node one more output, as it did with PreviewImage.
             node["outputs"] = [output for output in node["outputs"] if output["links"]]
     assert written == made
-
-
-@pytest.mark.comfyui
-def test_stored_values_are_as_many_as_a_node_has_widgets(workflow: Json, definitions: workflows.Definitions) -> None:
-    for node in workflow["nodes"]:
-        if node["type"] not in workflows.NOTES:
-            definition = workflows.without_added(node["type"], definitions[node["type"]])
-            assert len(node["widgets_values"]) == len(workflows.widget_inputs(definition)), node["type"]
+    assert json.dumps(graph) == json.dumps(read(workflows.API_FOLDER / path.name))
 
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_graph_for_scripts_is_the_workflows_own(path: Path, definitions: workflows.Definitions) -> None:
-    """If not, run tools/workflows.py."""
-    assert read(workflows.API_FOLDER / path.name) == workflows.script_graph(read(path), definitions)
+def test_a_file_queues_its_graph_for_scripts(path: Path, definitions: workflows.Definitions) -> None:
+    assert queued(read(path), definitions) == read(workflows.API_FOLDER / path.name)
 
 
 @pytest.mark.comfyui
-def test_graphs_for_scripts_give_all_that_this_comfyui_requires(
-    workflow: Json, definitions: workflows.Definitions
-) -> None:
-    """What newer hosts have added too, whatever host wrote the files."""
+def test_graphs_for_scripts_give_all_that_this_comfyui_requires(definitions: workflows.Definitions) -> None:
+    """Inputs that newer hosts have added too, whatever host wrote the files."""
     missing = [
-        f"{node['class_type']}.{name}"
-        for node in workflows.script_graph(workflow, definitions).values()
+        f"{path.stem}: {node['class_type']}.{name}"
+        for path in FILES
+        for node in read(workflows.API_FOLDER / path.name).values()
         for name in definitions[node["class_type"]]["input"].get("required", {})
         if name not in node["inputs"]
     ]
     assert missing == []
 
 
-def test_every_workflow_has_a_graph_for_scripts_and_none_is_left_over() -> None:
-    assert {path.name for path in workflows.API_FOLDER.glob("*")} == {path.name for path in FILES}
+def test_every_workflow_has_a_graph_for_scripts_and_a_note_and_none_is_left_over() -> None:
+    for folder in (workflows.API_FOLDER, workflows.NOTE_FOLDER):
+        assert sorted(path.stem for path in folder.iterdir()) == [path.stem for path in FILES]
 
 
 def test_every_workflow_has_a_picture_for_the_template_browser() -> None:
@@ -222,8 +263,9 @@ def test_the_demo_workflows_clip_is_the_demos(monkeypatch: pytest.MonkeyPatch) -
     assert (loaded.images - expected).abs().mean() < 0.02
 
 
-def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
-    definition = {
+EXAMPLE = {
+    "Load": {"input": {}, "output": ["MODEL"], "output_name": ["m"]},
+    "Some": {
         "input": {
             "required": {
                 "image": [["a.png", "b.png"], {"image_upload": True}],
@@ -235,31 +277,36 @@ def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
         },
         "output": ["IMAGE"],
         "output_name": ["picture"],
-    }
-    canvas = workflows.Canvas({"Some": definition, "Load": {"input": {}, "output": ["MODEL"], "output_name": ["m"]}})
-    canvas.column("group", workflows.BLUE)
-    model = canvas.add("Load")
-    canvas.add("Some", image="b.png", model=model["m"])
-    workflow = canvas.json("some")
-    node = workflow["nodes"][1]
+    },
+}
+
+
+def example(**inputs: Any) -> Json:
+    load = {"class_type": "Load", "inputs": {}}
+    return workflows.completed({"2": load, "3": {"class_type": "Some", "inputs": inputs}}, EXAMPLE)
+
+
+def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
+    graph = example(model=["2", 0], image="b.png")
+    assert graph["3"]["inputs"] == {"image": "b.png", "seed": 3, "plain_seed": 4, "scale": 0.5, "model": ["2", 0]}
+    workflow = workflows.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
+    node = workflow["nodes"][2]
     assert node["widgets_values"] == ["b.png", 3, "fixed", 4, "image", 0.5]
     assert [entry["name"] for entry in node["inputs"]] == [
         "model", "mask", "image", "seed", "plain_seed", "upload", "scale"
     ]  # fmt: skip
-    assert workflows.to_api(workflow, canvas.definitions)["2"] == {
-        "class_type": "Some",
-        "inputs": {"image": "b.png", "seed": 3, "plain_seed": 4, "scale": 0.5, "model": ["1", 0]},
-    }
+    assert queued(workflow, EXAMPLE) == graph
 
 
-def test_a_muted_node_is_refused() -> None:
-    canvas = workflows.Canvas({"Load": {"input": {}, "output": ["MODEL"], "output_name": ["m"]}})
-    canvas.column("group", workflows.BLUE)
-    canvas.add("Load")
-    workflow = canvas.json("some")
-    workflow["nodes"][0]["mode"] = 4
-    with pytest.raises(ValueError, match="Load"):
-        workflows.to_api(workflow, canvas.definitions)
+def test_an_input_that_a_node_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="Some has no input size"):
+        example(image="b.png", size=3)
+
+
+def test_a_link_of_the_wrong_type_is_refused() -> None:
+    graph = example(image="b.png", mask=["2", 0])
+    with pytest.raises(ValueError, match="Load gives MODEL, Some takes MASK"):
+        workflows.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
 
 
 def script_example() -> Json:

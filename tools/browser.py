@@ -1,6 +1,6 @@
-"""ComfyUI's page in a headless Chromium, driven by playwright: for tests, and for pictures of the nodes.
+"""Drive ComfyUI's page in a headless Chromium with playwright, for tests and for pictures of the nodes.
 
-playwright (PyPI) and a Chromium (Debian's `chromium`) are nobody else's needs here: `why_absent` says what is missing.
+playwright (PyPI) and a Chromium (Debian's `chromium`) are optional; `why_absent` names what is missing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-# Pages of a busy machine are slow.
+# Milliseconds; a page loads slowly on a busy machine.
 TIMEOUT = 300_000
 _READY = "Boolean(window.app?.graph && app.canvas && window.LiteGraph?.registered_node_types.TAV_Sample)"
-# Previews and errors that the page is told of, from its first moment with a server on.
+# Records the previews and ends that the server announces to the page.
 _WATCH = """
 () => {
     window.tav = {previews: [], ends: []};
@@ -34,12 +34,12 @@ _WATCH = """
 
 
 def executable() -> str | None:
-    """The first Chromium on the path."""
+    """Return the first Chromium on the PATH."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def why_absent() -> str | None:
-    """What a browser test lacks here; None if nothing."""
+    """Name what a browser test lacks here; None if it lacks nothing."""
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed (pip install playwright)"
     return None if executable() else "no chromium on the PATH"
@@ -47,7 +47,7 @@ def why_absent() -> str | None:
 
 @contextmanager
 def open_page(port: int, width: int = 1600, height: int = 900, path: str | None = None) -> Iterator[Page]:
-    """The page of a host on this machine, its nodes known, no dialog open."""
+    """Open the page of a host on this machine, and wait until its nodes are known and no dialog is open."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -66,7 +66,7 @@ def open_page(port: int, width: int = 1600, height: int = 900, path: str | None 
 
 
 def close_dialogs(page: Page) -> None:
-    """A host greets a new user with its template browser."""
+    """Close the template browser, with which a host greets a new user."""
     for _ in range(3):
         if page.locator("[role=dialog]").count() == 0:
             return
@@ -75,7 +75,7 @@ def close_dialogs(page: Page) -> None:
 
 
 def widget_point(page: Page, node_type: str, widget: str) -> tuple[float, float]:
-    """Where the middle of a widget of the first node of a type lies on the page; the node is brought into view."""
+    """Bring the first node of a type into view and return the middle of one of its widgets, in page pixels."""
     page.evaluate(
         "type => { const node = app.graph.nodes.find(n => n.type === type); app.canvas.ds.scale = 1;"
         "app.canvas.centerOnNode(node); app.canvas.setDirty(true, true); }",
@@ -95,7 +95,7 @@ def widget_point(page: Page, node_type: str, widget: str) -> tuple[float, float]
 
 
 def wrong_widgets(page: Page) -> list[Any]:
-    """Nodes of the graph that the page does not know or marks as wrong, and choices that are not to be had."""
+    """List the graph's nodes that the page does not know or marks as wrong, and choices that do not exist."""
     found: list[Any] = page.evaluate(
         """
         () => app.graph.nodes.flatMap(node => {

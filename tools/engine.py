@@ -1,8 +1,8 @@
-"""Finds the engine that tests, demo and benchmarks run on, and imports this pack beside it.
+"""Find the engine that tests, demo and benchmarks run on, and import this pack beside it.
 
-The engine is a real ComfyUI where there is one, else ComfyUI's `comfy` package from PyPI, which
-`tools/setup_env.py` unpacks into the virtual environment. Only the standard library is imported here until
-`load_engine` is called, so that the set-up can use this file too.
+The engine is a real ComfyUI if there is one, else ComfyUI's `comfy` package from PyPI, which `tools/setup_env.py`
+unpacks into the virtual environment. This file imports only the standard library until `load_engine` is called, since
+the set-up uses it too.
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ PACK_NAME = "tune_a_video"
 
 
 def find_comfyui(path: str | Path | None = None) -> Path | None:
-    """The root of a ComfyUI checkout: `path`, else $COMFYUI_PATH, else ~/comfy/ComfyUI; None if not there.
+    """Return the root of a ComfyUI checkout: `path`, else $COMFYUI_PATH, else ~/comfy/ComfyUI; None if it is not there.
 
-    A place that was named is the only one looked at. Raises FileNotFoundError if `path` holds no ComfyUI.
+    Only the first of these that is given is looked at. Raises FileNotFoundError if `path` holds no ComfyUI.
     """
     named = path or os.environ.get("COMFYUI_PATH")
     root = Path(named).expanduser().resolve() if named else Path.home() / "comfy" / "ComfyUI"
     if (root / "main.py").is_file() and (root / "nodes.py").is_file() and (root / "comfy").is_dir():
         return root
     if path:
-        raise FileNotFoundError(f"no ComfyUI at {path}: main.py, nodes.py and comfy/ were looked for there")
+        raise FileNotFoundError(f"no ComfyUI at {path}: it needs main.py, nodes.py and comfy/")
     return None
 
 
 def load_engine(comfyui: Path | None, base_directory: Path | None = None) -> str:
-    """Puts an engine on sys.path and says which one.
+    """Put an engine on sys.path and return its name.
 
-    Call it before anything imports `comfy`. `comfyui` is a checkout's root, or None for the engine from
-    PyPI. `base_directory`, if given, holds the input, output, temp and models folders in place of ComfyUI's
-    own. The CPU is used where torch finds no accelerator. Raises FileNotFoundError if there is no engine.
+    Call it before anything imports `comfy`. `comfyui` is a checkout's root, or None for the engine from PyPI.
+    `base_directory` replaces ComfyUI's own input, output, temp and models folders. The engine uses the CPU if torch
+    finds no accelerator. Raises FileNotFoundError if there is no engine.
     """
     root = comfyui or Path(sys.prefix) / "notcomfy"
     if not (root / "comfy").is_dir():
         raise FileNotFoundError(
             f"no ComfyUI was given and {root} does not hold the engine from PyPI: run `make env ENGINE=pypi`"
         )
-    # python -m puts the working directory on the path; if that is this pack's root, its nodes/ hides the
-    # host's module of that name.
+    # python -m puts the working directory on the path. In this pack's root, nodes/ would hide the host's nodes.py.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != PACK_ROOT]
     sys.path.insert(0, str(root))
 
@@ -65,7 +64,7 @@ def load_engine(comfyui: Path | None, base_directory: Path | None = None) -> str
 
 
 def load_pack() -> ModuleType:
-    """Imports this checkout, whatever its folder is called, as the package `tune_a_video`, and returns it."""
+    """Import this checkout as the package `tune_a_video`, whatever its folder is called."""
     if PACK_NAME not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             PACK_NAME, PACK_ROOT / "__init__.py", submodule_search_locations=[str(PACK_ROOT)]

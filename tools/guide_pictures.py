@@ -2,7 +2,7 @@
 
     python tools/guide_pictures.py [--comfyui PATH] [--to FOLDER]
 
-Writes docs/guide/*.png and docs/guide/figures.json, what is measured of each row. Minutes on two CPU cores.
+Writes docs/guide/*.png, and the figures of each row to docs/guide/figures.json. Takes minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEED = 0
 
 
 class Workbench:
-    """The demo's model and clip, what was tuned and inverted so far, and the edits that come of it."""
+    """The demo's model and clip, with the tunings and inversions made so far."""
 
     def __init__(self) -> None:
         import job
@@ -49,7 +49,7 @@ class Workbench:
         return host.inflate_model(self.model, Inflation(), motion)
 
     def tune(self, counts: tuple[int, ...]) -> None:
-        """The models after so many steps: one tuning, ended early and gone on with."""
+        """Tune to each number of steps: one tuning that is stopped and resumed."""
         from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
 
         settings = TuneSettings(steps=max(counts), learning_rate=self.settings.learning_rate, seed=SEED)
@@ -76,25 +76,18 @@ class Workbench:
         ddim_steps: int | None = None,
         inverted_with: str | None = None,
     ) -> Any:
-        """Frames [frames, h, w, 3] of an edit, with the demo's settings where none is given."""
-        from tune_a_video.tav_core import host, schedule
-        from tune_a_video.tav_core.invert import ddim_invert
-        from tune_a_video.tav_core.sample import ddim_sample
+        """Return an edit's frames [frames, h, w, 3]. The demo's settings are the defaults."""
+        import pipeline
 
         model = self.tuned[self.settings.tune_steps if tune_steps is None else tune_steps]
         steps = ddim_steps or self.settings.ddim_steps
         with_prompt = self.encode(self.clip.prompt if inverted_with is None else inverted_with)
-        levels = host.sigma_table(model)
-        rising, falling = schedule.inversion_sigmas(levels, steps), schedule.sampling_sigmas(levels, steps)
         inversion = (id(model), steps, inverted_with)
         if inversion not in self.inverted:
-            self.inverted[inversion] = host.run_sampler(
-                model, ddim_invert, rising, with_prompt, with_prompt, 1.0, self.latent
-            )
+            self.inverted[inversion] = pipeline.invert(model, self.latent, with_prompt, steps)
         scale = self.settings.guidance if guidance is None else guidance
-        edited = host.run_sampler(
-            model, ddim_sample, falling, self.encode(prompt), self.encode(""), scale, self.inverted[inversion]
-        )
+        noise, positive, negative = self.inverted[inversion], self.encode(prompt), self.encode("")
+        edited = pipeline.sample(model, noise, positive, negative, steps, scale)
         return self.vae.decode(edited)
 
 
@@ -102,7 +95,7 @@ Row = tuple[str, Any, Any]  # caption, frames, the edit that it should show, or 
 
 
 def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
-    """Name and rows of each picture."""
+    """Yield the name and the rows of each picture."""
     shape, place, source = bench.edits["object"], bench.edits["background"], bench.clip.prompt
     yield (
         "tuning-steps",
@@ -139,13 +132,13 @@ def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _noun(prompt: str) -> str:
-    """The first words of a caption, without its place and style."""
+    """Return a caption without its place and style."""
     return prompt.partition(" on ")[0]
 
 
 @contextmanager
 def _demo() -> Iterator[None]:
-    """The demo's modules on the path, and inference mode, as on the server."""
+    """Put the demo's modules on the path and enter inference mode, as the server does."""
     import torch
 
     sys.path.append(str(engine.PACK_ROOT / "demo"))

@@ -5,8 +5,8 @@
         result.raise_for_error()
         print(result.outputs)
 
-The server sees nothing but its base directory: models, input, output, custom nodes, user data and database all
-lie there. ComfyUI's own folder is only read.
+Models, input, output, custom nodes, user data and database all lie in the server's base directory. ComfyUI's own
+folder is only read.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ class GraphError(RuntimeError):
 
 @dataclasses.dataclass
 class Progress:
-    """One progress message: `value` of `maximum` steps of node `node` done, `at` seconds on a monotonic clock."""
+    """One progress message: `value` of `maximum` steps of node `node` are done."""
 
     node: str
     value: float
     maximum: float
-    at: float
 
 
 @dataclasses.dataclass
 class RunResult:
-    """What one queued graph did.
+    """The result of one queued graph.
 
     status: "success", "error" (a node raised), "interrupted" or "invalid" (refused before it ran).
-    outputs: per node id, what its UI received.
+    outputs: per node id, the output that its UI received.
     cached: ids of the nodes whose earlier results were reused.
     executed: ids of the nodes that ran, in order.
     previews: number of preview images received while the graph ran.
@@ -72,14 +71,14 @@ class RunResult:
     seconds: float = 0.0
 
     def raise_for_error(self) -> RunResult:
-        """The result itself; GraphError unless the graph ran to its end."""
+        """Return the result itself. Raises GraphError unless the graph ran to its end."""
         if self.status != "success":
             raise GraphError(f"graph ended as '{self.status}': {self.errors}\n{self.traceback}")
         return self
 
 
 def host_version(comfyui: Path) -> str:
-    """The version that the ComfyUI in this folder gives itself."""
+    """Return the version of the ComfyUI in this folder."""
     for line in (comfyui / "comfyui_version.py").read_text().splitlines():
         if line.startswith("__version__"):
             return line.split('"')[1]
@@ -87,7 +86,7 @@ def host_version(comfyui: Path) -> str:
 
 
 def host_python() -> str:
-    """The interpreter to run it with: $COMFYUI_PYTHON, or the one running now, which has what the pack needs."""
+    """Return the interpreter for the server: $COMFYUI_PYTHON, else the running one, which has the pack's packages."""
     return os.environ.get("COMFYUI_PYTHON") or sys.executable
 
 
@@ -102,7 +101,7 @@ class HostServer:
 
     comfyui: folder of the ComfyUI.
     base: its base directory; created where it is missing, kept when the server ends.
-    packs: folders of the node packs to link into it, by the names they shall have there.
+    packs: folders of node packs to link into custom_nodes, by their names there.
     environment: variables added to the process's own.
     arguments: further arguments for `main.py`.
     start_timeout, run_timeout: seconds until a start or a graph counts as hanging.
@@ -140,7 +139,7 @@ class HostServer:
 
     @property
     def port(self) -> int:
-        """The port of 127.0.0.1 that it serves at."""
+        """The port of 127.0.0.1 that the server listens on."""
         return self._port
 
     @property
@@ -155,11 +154,11 @@ class HostServer:
         return self.base / "models" / kind
 
     def log(self) -> str:
-        """All that the server has printed since it was first started."""
+        """Return all that the server has printed since its first start."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def start(self) -> None:
-        """Start the process and wait until it serves. HostError, with the end of its log, if it does not."""
+        """Start the process and wait until it serves. Raises HostError, with the end of its log, if it does not."""
         for name in ("input", "output", "temp", "user", "custom_nodes", "models/checkpoints"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in self.packs.items():
@@ -173,9 +172,9 @@ class HostServer:
             "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
             *self.arguments,
         ]  # fmt: skip
-        # What is compiled already is read; a cache of its own would have to compile PyTorch at each start.
+        # Existing bytecode is read. A cache of its own would compile PyTorch at each start.
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | self.environment
-        # A ComfyUI that runs under pytest would otherwise take the test's import path for its own.
+        # Keep the test's import path out of the server.
         environment.pop("PYTHONPATH", None)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -185,7 +184,7 @@ class HostServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C on the terminal is for whoever runs the server, who can then end its work in order.
+                # Ctrl-C on the terminal reaches the caller alone, which then stops the server in order.
                 start_new_session=True,
             )
         try:
@@ -198,7 +197,7 @@ class HostServer:
             raise
 
     def stop(self) -> None:
-        """End the process, by force if it does not end by itself."""
+        """End the process, by force after 20 seconds."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -250,11 +249,11 @@ class HostServer:
         return json.loads(answer) if answer.strip() else None
 
     def get(self, path: str) -> Any:
-        """The JSON that the server answers to a GET of this path."""
+        """Return the JSON answer to a GET of this path."""
         return self._request(path)
 
     def post(self, path: str, data: Any) -> Any:
-        """The JSON that the server answers to a POST of this path."""
+        """Return the JSON answer to a POST of this path."""
         return self._request(path, data)
 
     def interrupt(self) -> None:
@@ -270,7 +269,7 @@ class HostServer:
 
     @property
     def process_id(self) -> int:
-        """Of the running server."""
+        """The running server's process id."""
         assert self._process is not None
         return self._process.pid
 
@@ -309,7 +308,7 @@ class HostServer:
             elif kind == "executed" and data["output"]:
                 result.outputs[data["node"]] = data["output"]
             elif kind == "progress":
-                progress = Progress(data["node"], data["value"], data["max"], time.monotonic())
+                progress = Progress(data["node"], data["value"], data["max"])
                 result.progress.append(progress)
                 if on_progress is not None:
                     on_progress(progress)

@@ -23,11 +23,11 @@ Graph = dict[str, dict[str, Any]]
 
 
 class RefusedError(Exception):
-    """The server does not take the graph, or a node failed; the text says which and why."""
+    """The server refused the graph, or a node failed. The text names the node and the reason."""
 
 
 def change(graph: Graph, assignment: str) -> None:
-    """Set inputs as `INPUT=VALUE` or `NODE.INPUT=VALUE` says. ValueError if nothing has that input."""
+    """Set inputs by `INPUT=VALUE` or `NODE.INPUT=VALUE`. Raises ValueError if no node has that input."""
     name, _, text = assignment.partition("=")
     node_name, _, input_name = name.rpartition(".")
     nodes = [
@@ -45,12 +45,12 @@ def change(graph: Graph, assignment: str) -> None:
 
 
 def title(graph: Graph, node_id: str) -> str:
-    """What the canvas writes over a node."""
+    """Return a node's title on the canvas."""
     return graph[node_id].get("_meta", {}).get("title", graph[node_id]["class_type"])
 
 
 async def run(graph: Graph, server: str) -> list[str]:
-    """Queue the graph, report until it ends; the paths of the files that it has saved, below the server's folders."""
+    """Queue the graph, report its progress, and return the paths of its saved files below the server's folders."""
     client = uuid.uuid4().hex
     saved = []
     async with (
@@ -84,7 +84,7 @@ async def run(graph: Graph, server: str) -> list[str]:
 
 
 def files(output: dict[str, Any]) -> list[str]:
-    """Paths in what a node shows: of those that it keeps, not of previews."""
+    """List the paths of a node's saved files, without previews."""
     entries = [entry for values in output.values() if isinstance(values, list) for entry in values]
     return [
         str(Path(entry["type"], entry["subfolder"], entry["filename"]))
@@ -94,7 +94,7 @@ def files(output: dict[str, Any]) -> list[str]:
 
 
 def refusal(graph: Graph, answer: dict[str, Any]) -> str:
-    """The server's reasons, a line for each input."""
+    """Return the server's reasons, a line for each input."""
     lines = [
         f"{title(graph, node_id)}: {error['message']}: {error['details']}"
         for node_id, report in answer.get("node_errors", {}).items()

@@ -1,6 +1,6 @@
-"""Makes .venv hold all that `make demo` and `make test` need; does nothing when it already does.
+"""Fill .venv with all that `make demo` and `make test` need, unless it has it already.
 
-Everything comes from PyPI. Beside a real ComfyUI its requirements are installed, else its engine from PyPI.
+Everything comes from PyPI: the requirements of a real ComfyUI if there is one, else ComfyUI's engine.
 """
 
 import sys
@@ -40,7 +40,7 @@ def pip(step: str, verb: str, *arguments: str | Path, python: Path = VENV_PYTHON
 
 
 def wanted_files(comfyui: Path | None) -> list[Path]:
-    """The requirement files that are installed together."""
+    """List the requirement files that are installed together."""
     if comfyui:
         engine = [REQUIREMENTS / "host.txt", comfyui / "requirements.txt"]
     else:
@@ -49,7 +49,7 @@ def wanted_files(comfyui: Path | None) -> list[Path]:
 
 
 def stamp_of(files: list[Path]) -> str:
-    """A name for an environment with `files` installed by this Python."""
+    """Return a hash that names an environment with `files` installed by this Python."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {VENV}".encode())
     for file in (Path(__file__), *files):
         digest.update(file.read_bytes() + b"\0")
@@ -57,7 +57,7 @@ def stamp_of(files: list[Path]) -> str:
 
 
 def venv_fits() -> bool:
-    """Whether .venv works, is of this Python's version, and was made where it now lies."""
+    """Tell whether .venv works, has this Python's version, and was made where it lies now."""
     if not VENV_PYTHON.is_file():
         return False
     probe = [VENV_PYTHON, "-c", "import pip, sys; print(sys.version_info[:2], sys.prefix)"]
@@ -66,7 +66,7 @@ def venv_fits() -> bool:
 
 
 def unpack_notcomfy(venv: Path = VENV) -> None:
-    """Lays the PyPI engine's `comfy` package, checked against its hash, into an environment's folder notcomfy."""
+    """Unpack the PyPI engine's `comfy` package, checked against its hash, into an environment's folder notcomfy."""
     with tempfile.TemporaryDirectory(dir=venv) as scratch:
         options = ("--no-deps", "--require-hashes", "-r", NOTCOMFY, "-d", scratch)
         pip("Downloading ComfyUI's engine", "download", *options, python=venv / "bin" / "python")
@@ -80,7 +80,7 @@ def unpack_notcomfy(venv: Path = VENV) -> None:
                     content = archive.extractfile(member)
                     assert content is not None
                     target.write_bytes(content.read())
-        # As ComfyUI did later: what is added to in place cannot be differentiated through.
+        # Gradients do not flow through these in-place additions. ComfyUI itself replaced them later.
         attention = unpacked / "comfy" / "ldm" / "modules" / "attention.py"
         source = attention.read_text()
         attention.write_text(source.replace("x += n\n", "x = x + n\n").replace("x += x_skip\n", "x = x + x_skip\n"))
@@ -105,7 +105,7 @@ def main() -> None:
             *(sys.executable, "-m", "venv", "--clear", VENV),
         )
     pip("Installing PyTorch (on Linux x86-64 a download of several GB; minutes)", "install", "-r", TORCH)
-    # Named again so that nothing among the rest moves the pinned versions.
+    # torch.txt is named again so that the other files cannot move its pinned versions.
     pip("Installing the rest", "install", *(argument for file in files for argument in ("-r", file)))
     if not comfyui:
         unpack_notcomfy()

@@ -1,8 +1,8 @@
-"""Pictures of the workflows for ComfyUI's template browser: NAME.jpg beside NAME.json, as the front end draws them.
+"""Draw the workflows in ComfyUI's own front end, for its template browser: NAME.jpg beside NAME.json.
 
     python tools/template_pictures.py [--comfyui PATH] [--browser PATH] [NAME ...]
 
-Needs playwright (`pip install playwright`) and a Chromium, which no other tool does.
+Needs playwright (`pip install playwright`) and a Chromium.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ graph => {
 
 
 def picture(page: Page, name: str) -> Image.Image:
-    """The workflow on the canvas, all of it. RuntimeError if the front end does not know one of its nodes."""
+    """Draw the whole workflow. Raises RuntimeError if the front end does not know one of its nodes."""
     graph = json.loads((workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)

@@ -1,4 +1,4 @@
-"""Small model files with random weights, in the layouts that ComfyUI's stock loaders recognise.
+"""Write small model files with random weights, in the layouts that ComfyUI's stock loaders recognise.
 
 The stock checkpoint loader takes a UNet for SD 1.x only with 320 base channels and a 768 wide context; its
 depth is free. The autoencoder slot accepts a TAESD, and a TAESD's weights can be set by hand so that encoding

@@ -1,4 +1,4 @@
-"""ComfyUI models around a UNet of any configuration, for tests, demo and benchmarks. Call load_engine first."""
+"""Build ComfyUI models around a UNet of any configuration, for tests and benchmarks. Call load_engine first."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def build_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A ModelPatcher like a checkpoint loader's, its parameters inference tensors as they are on a server.
+    """Build a ModelPatcher like a checkpoint loader's. Its parameters are inference tensors, as on a server.
 
-    ``weights``: the UNet's state dict, else seeded random weights, scaled so that every layer matters.
+    ``weights``: the UNet's state dict. None: random weights from ``seed``, scaled so that every layer has an effect.
     """
     with torch.inference_mode():
         config: Any = type(
@@ -114,7 +114,7 @@ def build_model(
 
 
 def _with_own_adm(base: type) -> type:
-    """SDXL's vector conditioning has a fixed width; a small UNet takes as much of it as it has room for."""
+    """Cut SDXL's vector conditioning, whose width is fixed, to the width that a small UNet takes."""
     if base is comfy.model_base.BaseModel:
         return base
 
@@ -126,7 +126,7 @@ def _with_own_adm(base: type) -> type:
 
 
 def _randomize(unet: torch.nn.Module, seed: int) -> None:
-    """In place, one layer at a time: of a large UNet there is never a second copy."""
+    """Draw weights in place, one layer at a time, so that a large UNet is never held twice."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in unet.state_dict().items():
         drawn = torch.randn(value.shape, generator=generator)

@@ -1,8 +1,8 @@
-"""Runs tests of the method under another Python and PyTorch, on ComfyUI's engine from PyPI.
+"""Run tests of the method under another Python and PyTorch, on ComfyUI's engine from PyPI.
 
-`python tools/versions.py --python python3.10 --torch 2.4.1` makes an environment of its own for that pair below
---to (numpy, transformers and the rest as new as fits them), runs the tests, and prints a line of a table:
-docs/robustness.md has them. Exit status 0 = all passed. Tests to run can be named behind `--`.
+`python tools/versions.py --python python3.10 --torch 2.4.1` makes an environment for that pair below --to (numpy,
+transformers and the rest as new as fits), runs the tests, and prints a table row. Exit status 0 = all passed. Name
+tests to run after `--`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setup_env import PACK_ROOT, REQUIREMENTS, pip, run, unpack_notcomfy
 
-# All that need no ComfyUI but the engine, and no reference files.
+# Tests that need the engine alone: no ComfyUI and no reference files.
 TESTS = "frozen inflate low_rank memory parts resume schedule tune video weights windows".split()
 PACKAGES = ("torch", "numpy", "transformers", "safetensors", "decord")
 REPORT = """
@@ -32,7 +32,7 @@ print(" | ".join([sys.version.split()[0], *map(found, sys.argv[1:])]))
 
 
 def make(venv: Path, python: str, torch: str) -> None:
-    """An environment with all that the engine's tests need; one that was begun and not finished is gone on with."""
+    """Make an environment for the engine's tests, or finish one that an earlier run began."""
     done = venv / "finished"
     if done.is_file():
         return

@@ -1,9 +1,9 @@
-"""Runs of the workflows on a real ComfyUI with the demo's model and clip in place of a checkpoint and a film.
+"""Run the workflows on a real ComfyUI with the demo's model and clip in place of a checkpoint and a film.
 
     python tools/workflow_runs.py [--comfyui PATH] [--to FOLDER] [NAME ...]
 
-Prints the seconds of each and writes FOLDER/NAME.jpg, its videos frame by frame, for docs/workflows.md. Those that
-need a LoRA, a ControlNet or a T2I-Adapter are left out: there are none for this model (tests/host runs them).
+Prints the seconds of each and writes its videos, frame by frame, to FOLDER/NAME.jpg for docs/workflows.md. Workflows
+with a LoRA, a ControlNet or a T2I-Adapter are left out: there are none for this model (tests/host runs them).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import workflows
 
 SOURCE = workflows.DRAWN.prompt
 SIDE, FILMED = 64, 512
-# Its values of these suit the demo's model.
+# The inputs whose values in the demo workflow suit the demo's model.
 DEMO, ITS_OWN = "tune-a-video-demo-model", ("steps", "learning_rate")
-# Guidance 12.5 of Stable Diffusion does to its pictures what 5 does to this model's.
+# Guidance 5 has the effect on this model's pictures that 12.5 has on Stable Diffusion's.
 GUIDANCE = 0.4
 WINDOW = {"length": 4, "context_length": 4, "context_overlap": 1}
-# What the demo's model knows, in place of a workflow's own sentences.
+# Sentences that the demo's model knows, in place of a workflow's own.
 SENTENCES = {
     "tune-a-video-quick-start": {"edit prompt": "a blue star on the sand, painting style"},
     "tune-a-video-object-edit": {"edit prompt": "a blue circle on the sand, painting style"},
@@ -64,13 +64,13 @@ Graph = dict[str, dict[str, Any]]
 
 
 def read(name: str) -> Graph:
-    """A workflow's graph for scripts."""
+    """Read a workflow's graph for scripts."""
     graph: Graph = json.loads((workflows.API_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return graph
 
 
 def fitted(name: str, motion: str | None) -> Graph:
-    """A workflow's graph for the demo's model; ``motion``: the file that Load Motion takes."""
+    """Return a workflow's graph for the demo's model. ``motion``: the file that Load Motion takes."""
     graph = read(name)
     demo = {node["class_type"]: node["inputs"] for node in read(DEMO).values()}
     # There is no such CLIP for this model; Evaluate Video goes without.
@@ -107,7 +107,7 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
 
 
 def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> Any:
-    """The source and every video that was saved, frame by frame, as a picture."""
+    """Draw the source and every saved video, frame by frame."""
     from PIL import Image
     from tune_a_video.tav_core.media import pictures
     from tune_a_video.tav_core.media.clip import load_clip
@@ -128,7 +128,7 @@ def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) 
 
 
 def _joined(graph: Graph, node: dict[str, Any]) -> bool:
-    """Whether a video is others side by side, each of which is in the sheet already."""
+    """Tell whether a video shows others side by side, which the sheet has already."""
     source = graph[node["inputs"]["images"][0]]
     return node["_meta"]["title"] == "side by side" and source["class_type"] == "TAV_CompareVideos"
 

@@ -1,9 +1,9 @@
-"""Spoilt files and inputs, each case in a process of its own, which may crash, hang or swell without harm.
+"""Give the pack damaged files and inputs, each case in a process of its own.
 
 `python tests/fuzz --seed 0 --count 1000` prints a line per kind of input; exit status 0 = nothing broken. A case is
-broken if its process crashes, runs longer than --seconds, takes more than --gib of memory (its own and its ffmpeg's),
-or fails with anything but an error that names the input. `--only KIND:NUMBER` runs one case again and shows
-everything. Needs os.fork: Linux or macOS.
+broken if its process crashes, runs longer than --seconds, takes more than --gib of memory (with its child processes),
+or fails with anything but an error that names the input. `--only KIND:NUMBER` runs one case again and shows its output.
+Needs os.fork: Linux or macOS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from random import Random
 
 import psutil
 
-# A forked process cannot use an accelerator that its parent has looked at.
+# A forked process cannot use an accelerator that its parent has initialised.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(Path(__file__).resolve().parent)]
@@ -38,7 +38,7 @@ import torch  # noqa: E402
 
 OUTCOMES = ("ok", "clear error", "unclear error", "crash", "hang", "memory")
 BROKEN = OUTCOMES[2:]
-# "input: what is wrong with it"; also what the host says about a path that leaves its folder.
+# "input: the reason"; also the host's message about a path that leaves its folder.
 CLEAR = re.compile(r"^([a-z_0-9 ]+: .{15,}|The loss stopped being a finite number.*Lower learning_rate)", re.S)
 POLL = 0.05  # seconds
 OWN_ERROR = 3  # exit status of a case that failed with a clear error, and ...
@@ -58,13 +58,13 @@ class Running:
 
 
 def start(name: str, case: Case, rng: Random, log: Path) -> Running:
-    """Run a case in a fork of this process; the log takes all that it prints."""
+    """Run a case in a fork of this process, with its output in the log."""
     child = os.fork()
     if child:
         return Running(name, child, time.monotonic(), log)
     status = STRAY_ERROR
     try:
-        os.setsid()  # so that its ffmpeg can be ended with it
+        os.setsid()  # so that its children can be killed with it
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -82,7 +82,7 @@ def start(name: str, case: Case, rng: Random, log: Path) -> Running:
 
 
 def memory_of(process: int) -> int:
-    """Bytes in the memory of a process and of those that it started."""
+    """Return the resident bytes of a process and its children."""
     try:
         parent = psutil.Process(process)
         return sum(each.memory_info().rss for each in (parent, *parent.children(recursive=True)))
@@ -91,7 +91,7 @@ def memory_of(process: int) -> int:
 
 
 def outcome(running: Running, seconds: float, limit: float) -> str | None:
-    """How a case ended, None while it runs; ends it if it has had enough time or memory."""
+    """Return how a case ended, None while it runs. Kills a case over its limit of time or memory."""
     done, status = os.waitpid(running.process, os.WNOHANG)
     if done:
         code = os.waitstatus_to_exitcode(status)
@@ -112,10 +112,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=300, help="cases in all, shared by the kinds")
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of a case")
-    parser.add_argument("--gib", type=float, default=3.0, help="memory that a case may take beside what it starts with")
+    parser.add_argument(
+        "--gib", type=float, default=3.0, help="memory limit of a case, beside the memory it starts with"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--kinds", help=f"of {','.join(cases.KINDS)}; default: all", default=",".join(cases.KINDS))
-    parser.add_argument("--only", metavar="KIND:NUMBER", help="one case of this seed, with all that it prints")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="one case of this seed, with its output")
     parser.add_argument("--comfyui", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI, else the engine from PyPI")
     options = parser.parse_args()
     wanted = [options.only.partition(":")[0]] if options.only else options.kinds.split(",")
@@ -132,7 +134,7 @@ def main() -> int:
 
 
 def run_all(kinds: dict[str, Case], options: argparse.Namespace, scratch: Path) -> int:
-    """All cases, several at a time; prints what came of them."""
+    """Run all cases, several at a time, and print the outcomes. Returns the exit status."""
     names = [f"{kind}:{number}" for number in range(-(-options.count // len(kinds))) for kind in kinds]
     waiting = names[: options.count][::-1]
     limit = memory_of(os.getpid()) + options.gib * 2**30

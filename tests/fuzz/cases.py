@@ -1,6 +1,6 @@
-"""The kinds of input: each a function that makes a spoilt one and hands it to the pack as the host would.
+"""The kinds of input. Each is a function that damages one and hands it to the pack as the host would.
 
-What it raises is the outcome: a ValueError that names the input is a clear error, anything else is a fault.
+A ValueError that names the input is a clear error; any other exception is a fault.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Case = Callable[[Random], None]
 
 
 def kinds(names: Sequence[str], scratch: Path, shared: Path) -> dict[str, Case]:
-    """Cases by kind. ``scratch``: an empty folder; ``shared``: a folder with real clips, if there is one.
+    """Return cases by kind. ``scratch``: an empty folder; ``shared``: a folder of real clips, which may be missing.
 
-    All but videos need the host's engine, nodes its other modules, too: without those they are left out.
+    Motions need the host's engine. Nodes need its other modules as well, and are left out without them.
     """
     found: dict[str, Case] = {}
     clips = _clips(scratch, shared) if {"video", "inputs"} & set(names) else {}
@@ -50,7 +50,7 @@ def kinds(names: Sequence[str], scratch: Path, shared: Path) -> dict[str, Case]:
             os.makedirs(folder, exist_ok=True)
         if clips:
             Path(folder_paths.get_input_directory(), "clip.mp4").write_bytes(clips["made.mp4"])
-        _calls(_tiny_model())  # imports the nodes here, once, and not in each case's process
+        _calls(_tiny_model())  # imports the nodes once, before the cases fork
         found |= {kind: case for kind, case in on_host.items() if kind in names}
     return found
 
@@ -118,7 +118,7 @@ def video_case(rng: Random, clips: dict[str, bytes], scratch: Path) -> None:
 
 
 def motion_case(rng: Random, model: Any, scratch: Path) -> None:
-    """A spoilt motion file, loaded and put on a model."""
+    """Load a damaged motion file and put it on a model."""
     from tune_a_video.tav_core import host
     from tune_a_video.tav_core.inflate import Inflation
 
@@ -175,8 +175,8 @@ def _conditioning() -> list[Any]:
 
 
 def _calls(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Node class name -> the class and what it is connected to."""
-    from tune_a_video.nodes import load_video, sample, save_video, tune
+    """Return, by name, node classes and their linked inputs."""
+    from tune_a_video.nodes import inflate, invert, load_video, sample, save_video, tune
 
     frames = {"images": torch.rand(2, 16, 16, 3)}
     latent, conditioning = {"latent": _latent()}, {"conditioning": _conditioning()}
@@ -191,12 +191,12 @@ def _calls(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
-# What is quick where the default is not.
+# Quick values for inputs whose defaults are slow.
 _QUICK = {"steps": 2, "frame_count": 4, "width": 64, "height": 64, "file": "clip.mp4"}
 
 
 def _widgets(node: Any) -> dict[str, Any]:
-    """A node's values and choices, as quick as can be."""
+    """Return a node's widget values, quick ones if there are any."""
     widgets = {each.id: each for each in node.define_schema().inputs if hasattr(each, "default")}
     return {
         name: _QUICK.get(
@@ -216,7 +216,7 @@ def _execute(node: Any, given: dict[str, Any]) -> None:
 
 
 def inputs_case(rng: Random) -> None:
-    """Values that a link can bring to a node, whatever its widgets allow."""
+    """Give a node values past its widgets' limits, as a link can."""
     node, connected = rng.choice(list(_calls(_tiny_model()).values()))
     given = _widgets(node)
     options = {each.id: each.options for each in node.define_schema().inputs if getattr(each, "options", None)}
@@ -232,7 +232,7 @@ def inputs_case(rng: Random) -> None:
 
 
 def tensors_case(rng: Random) -> None:
-    """Tensors of other shapes, types and values at a node's sockets."""
+    """Give a node's sockets tensors of other shapes, types and values."""
     node, connected = rng.choice([call for call in _calls(_tiny_model()).values() if len(call[1]) > 0])
     names = [name for name in connected if name != "model"]
     if not names:
@@ -273,7 +273,7 @@ def _odd_tensor(rng: Random, usual: Tensor) -> Tensor:
 
 
 def paths_case(rng: Random, scratch: Path) -> None:
-    """Names and prefixes of all kinds; whatever comes of them, nothing is written outside the host's folders."""
+    """Give nodes names and prefixes of all kinds. Nothing may be written outside the host's folders."""
     import folder_paths
     from tune_a_video.nodes import load_motion, load_video, save_motion, save_video
 

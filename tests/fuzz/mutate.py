@@ -1,4 +1,4 @@
-"""Ways to spoil a file or a value. Every one takes a `random.Random` first, so that a seed gives a case again."""
+"""Damage a file or a value. Every function takes a `random.Random` first, so that a seed repeats a case."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ TEXTS = (
 
 
 def _place(rng: Random, size: int) -> int:
-    """Anywhere, but mostly near the ends, where headers and indices are."""
+    """Draw an offset, mostly near the ends, where headers and indices are."""
     near = min(size, 2048)
     return rng.choice((rng.randrange(near), size - 1 - rng.randrange(near), rng.randrange(size)))
 
 
 def spoil_bytes(rng: Random, data: bytes, other: bytes) -> bytes:
-    """One to four changes to a file's bytes; ``other``: a file to take pieces from."""
+    """Make one to four changes to a file's bytes. ``other``: a file to take pieces from."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if not out:
@@ -73,7 +73,7 @@ def spoil_bytes(rng: Random, data: bytes, other: bytes) -> bytes:
 
 
 def spoil_mp4_sizes(rng: Random, data: bytes) -> bytes:
-    """A picture's size, a count or a length in an mp4's tables replaced by an absurd one."""
+    """Replace a picture's size, a count or a length in an mp4's tables by an extreme one."""
     tables = {b"avc1": (28, ">H"), b"tkhd": (80, ">H"), b"stsz": (8, ">I"), b"stco": (8, ">I"), b"stts": (12, ">I")}
     name, (offset, code) = rng.choice(list(tables.items()))
     found = data.find(name)
@@ -85,7 +85,7 @@ def spoil_mp4_sizes(rng: Random, data: bytes) -> bytes:
 
 
 def spoil_safetensors(rng: Random, data: bytes) -> bytes:
-    """The header of a safetensors file, changed as JSON, so that it is still read."""
+    """Change the header of a safetensors file and keep it valid JSON."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     metadata = header.get("__metadata__", {})
@@ -117,12 +117,12 @@ def spoil_safetensors(rng: Random, data: bytes) -> bytes:
 
 
 def odd_number(rng: Random, usual: float) -> float:
-    """What a link can bring in spite of the widget's limits; an int where ``usual`` is one."""
+    """Draw a number that a link can bring past the widget's limits; an int if ``usual`` is one."""
     if isinstance(usual, int):
         return rng.choice((usual, 0, 1, -1, 2, 7, 2**31, -(2**63), 2**64))
     return rng.choice((usual, 0.0, -1.0, 1e-320, 1e30, math.nan, math.inf, -math.inf))
 
 
 def odd_choice(rng: Random, options: Any) -> Any:
-    """One of a combo's options, or seldom a text that is none."""
+    """Draw one of a combo's options, or rarely a text that is not among them."""
     return rng.choice(TEXTS[:22]) if rng.random() < 0.15 else rng.choice(list(options))

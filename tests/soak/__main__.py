@@ -1,12 +1,11 @@
-"""A day on a busy server: random graphs queued on a real ComfyUI, with interrupts at random moments.
+"""Queue random graphs on a real ComfyUI, with interrupts at random moments.
 
 `python tests/soak --seed 0 --runs 50 --comfyui PATH` queues that many graphs on one server, several at a time: stock
 images, stock images with a LoRA at changing strengths, videos from the same checkpoints inflated, inversions, and
-tunings of two clips, each with either of two checkpoints. Some are interrupted while they run, some taken off the
-queue. Every result is then held against that of a server that was started for this graph alone, and what is
-stock in it against one on which nothing of this pack ran: all numbers must be the same, bit by bit. Then tunings are
-queued over and over, for the server's memory. At last nothing unfinished may lie in its folders. Prints a line per
-kind of graph; exit status 0 = nothing broken.
+tunings of two clips, each with either of two checkpoints. Some are interrupted, some are taken off the queue. Every
+result must equal, bit for bit, that of a server started for this graph alone; its stock part must equal that of a
+server on which nothing of this pack ran. Repeated tunings then measure the server's memory. In the end its folders may
+hold nothing unfinished. Prints a line per kind of graph; exit status 0 = nothing broken.
 """
 
 from __future__ import annotations
@@ -49,17 +48,17 @@ PACK = "Tune-A-Video"
 OUTCOMES = ("identical", "interrupted", "off the queue", "DIFFERENT", "FAILED")
 BROKEN = OUTCOMES[3:]
 MOST_AT_ONCE = 4
-# Seconds that a graph takes, at first; then as measured. Over so long, moments to interrupt at are drawn.
+# Seconds that a graph is expected to take, until some have been measured. Interrupts are drawn within this time.
 USUAL = 4.0
 POLL = 0.1
 LONGEST = 1200.0
-# Growth of the server's memory from the second to the last of the repeated runs.
+# Limit of the growth of the server's memory from the second to the last of the repeated runs.
 MOST_GROWTH = 0.01
 
 
 @dataclass
 class Run:
-    """A job that was queued, and its end."""
+    """A queued job and its outcome."""
 
     job: Job
     prompt_id: str
@@ -70,7 +69,7 @@ class Run:
 
 
 def write_inputs(base: Path) -> None:
-    """Two checkpoints, a LoRA for both, and two clips of a few frames."""
+    """Write two checkpoints, a LoRA for both, and two clips of a few frames."""
     layout = tiny_checkpoint.SD1_SHALLOW
     for index, name in enumerate(jobs.CHECKPOINTS):
         weights = tiny_checkpoint.checkpoint_weights(layout, seed=5 * index)
@@ -92,7 +91,7 @@ def write_inputs(base: Path) -> None:
 
 
 def started(comfyui: Path, base: Path, shared: Path) -> HostServer:
-    """A server with the models and clips of ``shared``, and an output folder of its own; not started yet."""
+    """Prepare a server with the models and clips of ``shared`` and its own output folder. It is not started yet."""
     base.mkdir(parents=True, exist_ok=True)
     (base / "models").mkdir()
     for folder in (shared / "models").iterdir():
@@ -100,7 +99,7 @@ def started(comfyui: Path, base: Path, shared: Path) -> HostServer:
     shutil.copytree(shared / "input", base / "input")
     scratch = base / "scratch"
     scratch.mkdir()
-    # Whatever programs leave behind in the system's folder for temporary files lies where it can be counted.
+    # Temporary files that programs leave behind lie where they can be counted.
     environment = {"TMPDIR": str(scratch), "OMP_WAIT_POLICY": "PASSIVE"}
     arguments = ["--preview-method", "latent2rgb"]
     return HostServer(comfyui, base, {PACK: ROOT}, environment, arguments, start_timeout=LONGEST, run_timeout=LONGEST)
@@ -109,7 +108,7 @@ def started(comfyui: Path, base: Path, shared: Path) -> HostServer:
 def queue(server: HostServer, job: Job, salt: int) -> Run:
     """Put a job on the server's queue."""
     graph, saved = jobs.graph_of(job, salt)
-    # A client that listens to nothing: progress and previews are made, and go nowhere.
+    # No client listens under this id; progress and previews are still made.
     answer = server.post("/prompt", {"prompt": graph.nodes, "client_id": uuid.uuid4().hex})
     if answer["node_errors"]:
         raise HostError(f"{job} was refused in part: {answer['node_errors']}")
@@ -117,7 +116,7 @@ def queue(server: HostServer, job: Job, salt: int) -> Run:
 
 
 def wait(server: HostServer, runs: list[Run]) -> None:
-    """Until nothing is queued and nothing runs; then notes how each run ended."""
+    """Wait until nothing is queued or runs, then note each run's outcome."""
     began = time.monotonic()
     while True:
         state = server.get("/queue")
@@ -141,7 +140,7 @@ def wait(server: HostServer, runs: list[Run]) -> None:
 
 
 def disturb(server: HostServer, runs: list[Run], moments: list[tuple[float, str, int]]) -> None:
-    """Interrupt or take off the queue what was drawn, at the moments that were drawn."""
+    """Interrupt runs, or take them off the queue, at the given moments."""
     began = time.monotonic()
     for moment, how, index in sorted(moments):
         time.sleep(max(0.0, began + moment - time.monotonic()))
@@ -153,7 +152,7 @@ def disturb(server: HostServer, runs: list[Run], moments: list[tuple[float, str,
 
 
 def busy_time(server: HostServer, rng: Random, count: int, seconds: float) -> list[Run]:
-    """``count`` jobs, or as many as can be queued in so long, a few at a time, some of them disturbed."""
+    """Run ``count`` jobs, or as many as start within ``seconds``, a few at a time, some of them disturbed."""
     done: list[Run] = []
     began = time.monotonic()
     while len(done) < count and time.monotonic() - began < seconds:
@@ -175,7 +174,7 @@ def busy_time(server: HostServer, rng: Random, count: int, seconds: float) -> li
         wait(server, batch)
         thread.join()
         for run in batch:
-            # Without anybody's doing, nothing is interrupted or goes missing.
+            # An undisturbed batch has no interrupted or missing runs.
             if run.outcome in ("interrupted", "off the queue") and not moments:
                 run.outcome, run.said = "FAILED", f"{run.outcome} by itself"
         done += batch
@@ -184,21 +183,21 @@ def busy_time(server: HostServer, rng: Random, count: int, seconds: float) -> li
 
 
 def judge(runs: list[Run], comfyui: Path, scratch: Path, shared: Path) -> None:
-    """Hold finished runs against clean servers: one that runs stock graphs alone, and one for each other job alone."""
+    """Compare finished runs with clean servers: one for all stock graphs, and one for each other job."""
     finished = [run for run in runs if not run.outcome]
     stock = list(dict.fromkeys(jobs.stock_of(run.job) for run in finished))
     clean = clean_digests(stock, comfyui, scratch / "clean-stock", shared) if stock else {}
     for run in finished:
         if run.job not in clean:
             clean |= clean_digests([run.job], comfyui, scratch / f"clean-{len(clean)}", shared)
-        # What is stock in its graph is held against the server on which nothing of this pack ever ran.
+        # The stock part of its graph is compared with the server on which nothing of this pack ran.
         expected = clean[run.job] | clean[jobs.stock_of(run.job)]
         different = sorted(name for name in expected if run.digests.get(name) != expected[name])
         run.outcome, run.said = ("DIFFERENT", ", ".join(different)) if different else ("identical", "")
 
 
 def clean_digests(wanted: Sequence[Job], comfyui: Path, base: Path, shared: Path) -> dict[Job, dict[str, str]]:
-    """Results of jobs on a server of their own."""
+    """Return the results of jobs on a server of their own."""
     print("clean: " + "; ".join(map(str, wanted)), file=sys.stderr, flush=True)
     with started(comfyui, base, shared) as server:
         runs = [queue(server, job, 0) for job in wanted]
@@ -211,14 +210,14 @@ def clean_digests(wanted: Sequence[Job], comfyui: Path, base: Path, shared: Path
 
 
 def memory_of(server: HostServer) -> int:
-    """Bytes in memory of the server's process."""
+    """Return the resident bytes of the server's process."""
     return psutil.Process(server.process_id).memory_info().rss
 
 
 def repeat(server: HostServer, count: int) -> list[int]:
-    """Tunings of one clip and the other in turn, for the same result each time; memory after each.
+    """Tune on the two clips in turn and return the server's memory after each tuning.
 
-    Each is done anew: the server neither remembers their results nor finds them on disk.
+    Every tuning is computed: the server neither remembers its result nor finds it on disk.
     """
     used = []
     for index in range(count):
@@ -234,12 +233,12 @@ def repeat(server: HostServer, count: int) -> list[int]:
 
 
 def left_behind(server: HostServer) -> list[str]:
-    """Files that are unfinished or cannot be read, and programs that still run."""
+    """List unfinished or unreadable files, and child processes that still run."""
     found = [f"process {child.name()}" for child in psutil.Process(server.process_id).children(recursive=True)]
     for folder in ("output", "temp", "models/tav", "scratch"):
         for path in (server.base / folder).rglob("*"):
             relative = path.relative_to(server.base).as_posix()
-            # torch.distributed, which some of the host's imports load, keeps its generated module there.
+            # torch.distributed, which the host imports, keeps this generated module there.
             if path.is_dir() or path.name == "_remote_module_non_scriptable.py":
                 continue
             if folder == "scratch" or path.name.startswith(".") or path.suffix in (".part", ".partial", ".tmp"):
@@ -265,7 +264,7 @@ def _read(path: Path) -> None:
 
 
 def report(runs: list[Run]) -> bool:
-    """Print a line per kind; whether nothing is broken."""
+    """Print a line per kind and return whether nothing is broken."""
     for run in runs:
         if run.outcome in BROKEN:
             print(f"BROKEN {run.outcome} {run.job}: {run.said}")
@@ -279,7 +278,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=50, help="graphs that are queued at random")
-    parser.add_argument("--minutes", type=float, default=1e9, help="after so long, no further graph is queued")
+    parser.add_argument("--minutes", type=float, default=1e9, help="queue no further graph after this time")
     parser.add_argument("--repeats", type=int, default=20, help="tunings queued one by one, for memory; 0 = none")
     parser.add_argument("--comfyui", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The graphs that are queued, by kind, and what came of them as digests that can be compared."""
+"""Build the queued graphs, by kind, and digest their results for comparison."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TUNING_STEPS = 4
 
 @dataclass(frozen=True)
 class Job:
-    """One graph. Equal jobs give equal results, whatever ran before them."""
+    """One graph. Equal jobs must give equal results, whatever ran before them."""
 
     kind: str
     checkpoint: int = 0
@@ -44,7 +44,7 @@ class Job:
 
 
 def random_job(rng: Random) -> Job:
-    """Any kind; of each there are few enough different ones that they come again."""
+    """Draw a job. There are few different ones, so that jobs repeat."""
     kind = rng.choice(KINDS)
     checkpoint, clip = rng.randrange(len(CHECKPOINTS)), rng.randrange(len(CLIPS))
     if kind == "tuned":
@@ -55,14 +55,14 @@ def random_job(rng: Random) -> Job:
 
 
 def stock_of(job: Job) -> Job:
-    """The job that has a job's stock image and nothing else."""
+    """Return the job that makes a job's stock image and nothing else."""
     return Job("lora" if job.strength else "stock", job.checkpoint, strength=job.strength, seed=job.seed)
 
 
 def graph_of(job: Job, salt: int) -> tuple[Graph, dict[str, Node]]:
-    """The graph, and the nodes that save something, by what they save.
+    """Return the graph, and its saving nodes by name.
 
-    ``salt``: in inputs that do not change the result, so that the host computes a graph anew that it knows.
+    ``salt``: goes into inputs that do not change the result, so that the host does not reuse cached results.
     """
     graph = Graph()
     loaded = graphs.checkpoint(graph, CHECKPOINTS[job.checkpoint])
@@ -78,7 +78,7 @@ def graph_of(job: Job, salt: int) -> tuple[Graph, dict[str, Node]]:
         )
         model, clip = lora[0], lora[1]
     saved: dict[str, Node] = {}
-    # A stock image comes with every job: in the same graph as an inflated model of the same checkpoint.
+    # Every graph makes a stock image, beside an inflated model of the same checkpoint.
     stock = graphs.ksampler(
         graph,
         model,
@@ -123,7 +123,7 @@ def _save(graph: Graph, saved: dict[str, Node], name: str, latent: Link, vae: Li
 
 
 def digests(outputs: dict[str, Any], saved: dict[str, Node], base: Path) -> dict[str, str]:
-    """Of every file that the nodes saved: its numbers, without its metadata, which tell of the graph."""
+    """Hash the numbers of every saved file, without its metadata, which holds the graph."""
     found = {}
     for name, node in saved.items():
         output = outputs[node.id]

@@ -1,0 +1,64 @@
+"""Print the planner's choices and predictions for graphics cards, on paper."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from steps import UNET_NAMES, conditioning, random_latent
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.tuning import memory_plan, trainer
+from unets import UNETS, build_model
+
+# CUDA's own memory on a card, bytes.
+OVERHEAD = 0.6 * 2**30
+# fp16 stands for bf16, whose size it has: on the CPU the method attends in float32 where it trains in bf16, which
+# would save twice as many bytes as a card does.
+PRECISION = torch.float16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, the clip and the cards."""
+    parser.add_argument("--unet", default="sd15", choices=UNET_NAMES)
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--size", type=int, default=512, help="pixels, square")
+    parser.add_argument("--gib", type=float, nargs="+", default=[8, 12, 16, 24, 80], help="memory of the cards")
+
+
+def run(unet: str, frames: int, size: int, gib: list[float]) -> dict[str, Any]:
+    """Return the plan for each card in half precision, from probes on this machine.
+
+    A prediction, not a measurement: a card's kernels save other tensors than the CPU's (an attention's log-sum
+    differs in size).
+    """
+    with torch.inference_mode():
+        model = build_model(UNETS[unet], dtype=PRECISION)
+        costs, trained = trainer.costs_of(
+            model,
+            random_latent(frames, size, size),
+            conditioning(model, 1),
+            trainer.TuneSettings(),
+            precision=PRECISION,
+        )
+    weights = sum(p.numel() * 2 for p in host.unet_of(model).parameters())
+    # The float32 weights that learn, and AdamW's two moments of each.
+    learning, moments = 4 * trained, 2 * 4 * trained
+    rows = []
+    clip = f"{frames} frames of {size}x{size}"
+    parts = {"weights": weights, "learning": learning, "moments": moments}
+    print(f"{unet}, {clip}, half precision, GiB:", *(f"{name} {part / 2**30:.2f}" for name, part in parts.items()))
+    for level in memory_plan.LEVELS:
+        print(f"  all {level}: {memory_plan.uniform_plan(costs, level).bytes / 2**30:.2f} GiB beside those")
+    for card in gib:
+        free = card * 2**30 - OVERHEAD - weights - learning
+        plan = memory_plan.make_plan(costs, trainer.SHARE_OF_FREE_MEMORY * (free - moments) + moments, moments)
+        resident = 0 if plan.offload else moments
+        plan = memory_plan.make_plan(costs, trainer.SHARE_OF_FREE_MEMORY * (free - resident) + resident, resident)
+        total = (plan.bytes + weights + learning + resident + OVERHEAD) / 2**30
+        fits = "" if plan.fits else "; more than there is: part of the weights goes to RAM"
+        where = "" if resident else "; the moments in RAM"
+        print(f"{card:>5.0f} GiB card: {plan}{where}; {total:.1f} GiB in all{fits}")
+        row = {"card_gib": card, "plan": str(plan), "offload": not resident, "total_gib": total, "fits": not fits}
+        rows.append(row)
+    return {"unet": unet, "clip": clip, "cards": rows}
