@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from steps import UNET_NAMES, conditioning, random_latent
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.tuning import memory_plan, trainer
+from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Plan, make_plan
+from tune_a_video.tav_core.tuning.trainer import SHARE_OF_FREE_MEMORY, Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import training_unet
 from unets import UNETS, build_model
 
 # CUDA's own memory on a card, bytes.
@@ -34,13 +36,9 @@ def run(unet: str, frames: int, size: int, gib: list[float]) -> dict[str, Any]:
     """
     with torch.inference_mode():
         model = build_model(UNETS[unet], dtype=PRECISION)
-        costs, trained = trainer.costs_of(
-            model,
-            random_latent(frames, size, size),
-            conditioning(model, 1),
-            trainer.TuneSettings(),
-            precision=PRECISION,
-        )
+        with training_unet(model, random_latent(frames, size, size), conditioning(model, 1), PRECISION) as loaded:
+            trainer = Trainer(loaded, TuneSettings())
+            costs, trained = trainer.costs, sum(p.numel() for p in trainer.trained.values())
     weights = sum(p.numel() * 2 for p in host.unet_of(model).parameters())
     # The float32 weights that learn, and AdamW's two moments of each.
     learning, moments = 4 * trained, 2 * 4 * trained
@@ -48,13 +46,13 @@ def run(unet: str, frames: int, size: int, gib: list[float]) -> dict[str, Any]:
     clip = f"{frames} frames of {size}x{size}"
     parts = {"weights": weights, "learning": learning, "moments": moments}
     print(f"{unet}, {clip}, half precision, GiB:", *(f"{name} {part / 2**30:.2f}" for name, part in parts.items()))
-    for level in memory_plan.LEVELS:
-        print(f"  all {level}: {memory_plan.uniform_plan(costs, level).bytes / 2**30:.2f} GiB beside those")
+    for level in LEVELS:
+        print(f"  all {level}: {Plan.all_at(costs, level).bytes / 2**30:.2f} GiB beside those")
     for card in gib:
         free = card * 2**30 - OVERHEAD - weights - learning
-        plan = memory_plan.make_plan(costs, trainer.SHARE_OF_FREE_MEMORY * (free - moments) + moments, moments)
+        plan = make_plan(costs, SHARE_OF_FREE_MEMORY * (free - moments) + moments, moments)
         resident = 0 if plan.offload else moments
-        plan = memory_plan.make_plan(costs, trainer.SHARE_OF_FREE_MEMORY * (free - resident) + resident, resident)
+        plan = make_plan(costs, SHARE_OF_FREE_MEMORY * (free - resident) + resident, resident)
         total = (plan.bytes + weights + learning + resident + OVERHEAD) / 2**30
         fits = "" if plan.fits else "; more than there is: part of the weights goes to RAM"
         where = "" if resident else "; the moments in RAM"

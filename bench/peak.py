@@ -10,7 +10,8 @@ import torch
 from allocations import Allocations
 from steps import DTYPES, UNET_NAMES, conditioning, random_latent
 from tune_a_video.tav_core.tuning import memory_plan
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import training_unet
 from unets import UNETS, build_model
 
 
@@ -56,32 +57,20 @@ def run(unet: list[str], precision: list[str], frames: list[int], sizes: list[in
 def _peaks(model: Any, frames: int, size: int, precision: torch.dtype, level: memory_plan.Level) -> tuple[float, float]:
     """Return predicted and measured bytes of the second step; the first one also makes the optimiser's state."""
     allocations = Allocations()
-    plans: list[memory_plan.Plan] = []
-    before = 0.0
-
-    def on_step(step: int) -> None:
-        nonlocal before
-        if model.load_device.type == "cuda":
-            torch.cuda.synchronize()
-            if step == 0:
-                # The first step's gradients are still allocated; the second step frees them before it begins.
-                before = torch.cuda.memory_allocated() - plans[0].gradients
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                allocations.peak = int(torch.cuda.max_memory_allocated() - before)
-        elif step == 0:
-            allocations.__enter__()
-        else:
-            allocations.__exit__(None, None, None)
-
-    one_shot_tune(
-        model,
-        random_latent(frames, size, size),
-        conditioning(model, 1),
-        TuneSettings(steps=2),
-        precision=precision,
-        level=level,
-        on_plan=plans.append,
-        on_step=on_step,
-    )
-    return plans[0].bytes, allocations.peak
+    latent = random_latent(frames, size, size)
+    with training_unet(model, latent, conditioning(model, 1), precision) as unet:
+        trainer = Trainer(unet, TuneSettings(steps=2))
+        trainer.plan = memory_plan.Plan.all_at(trainer.costs, level)
+        steps = iter(trainer)
+        next(steps)
+        if model.load_device.type != "cuda":
+            with allocations:
+                next(steps)
+            return trainer.plan.bytes, allocations.peak
+        torch.cuda.synchronize()
+        # The first step's gradients are still allocated; the second step frees them before it begins.
+        before = torch.cuda.memory_allocated() - trainer.plan.gradients
+        torch.cuda.reset_peak_memory_stats()
+        next(steps)
+        torch.cuda.synchronize()
+        return trainer.plan.bytes, torch.cuda.max_memory_allocated() - before

@@ -6,18 +6,17 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import pipeline
 import study
 import torch
 from clips import CLIPS, Clip, Edit
 from clips import edits as edits_of
 from torch import Tensor
-from tune_a_video.tav_core import host
+from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion import low_rank
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
 
 SHOWN = ("kept", "psnr", "attributes", "edit right", "trajectory", "motion alignment", "frame consistency")
 
@@ -54,7 +53,7 @@ def _rows(parts: study.Parts, embed: Any, clip: Clip, count: int, ranks: Sequenc
     model, text, vae = parts
     tuning = TuneSettings(steps=settings.tune_steps, learning_rate=settings.learning_rate)
     source, latent = tiny_sd.encode(text, clip.prompt), vae.encode(clip.images())
-    tuned, _ = one_shot_tune(model, latent, source, tuning)
+    tuned, _ = pipeline.tune(model, latent, source, tuning)
     motion = Motion(tuned.tensors, {low_rank.SEED_KEY: str(tuning.seed)})
     forms: dict[str, tuple[Motion | None, float]] = {"whole": (motion.to(torch.float16), 1.0)}
     for rank in ranks:

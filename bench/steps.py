@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pipeline
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from tune_a_video.tav_core import host
-from tune_a_video.tav_core.inflate import Inflation, initial_temporal
+from tune_a_video.tav_core import host, pipeline
+from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.temporal import initial_temporal
+from tune_a_video.tav_core.tuning.memory_plan import Plan
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import training_unet
 from unets import UNETS, build_model
 
 UNET_NAMES = ("sd15", "sd21", "sdxl", "tiny")
@@ -124,16 +126,15 @@ def time_steps(step: Step, model: Any) -> tuple[list[float], float]:
 
 def tune(step: Step, model: Any, steps: int, on_step: OnStep) -> None:
     """Run tuning steps through the code that the node runs."""
-    one_shot_tune(
-        model,
-        random_latent(step.frames, step.height, step.width),
-        conditioning(model, 1),
-        TuneSettings(steps=steps, train_scope=SCOPES[step.train_scope]),  # type: ignore[arg-type]
-        precision=DTYPES[step.precision],
-        budget=None if step.budget is None else step.budget * 2**30,
-        level=None if step.plan == "auto" else step.plan,  # type: ignore[arg-type]
-        on_step=on_step,
-    )
+    settings = TuneSettings(steps=steps, train_scope=SCOPES[step.train_scope])  # type: ignore[arg-type]
+    budget = None if step.budget is None else step.budget * 2**30
+    latent = random_latent(step.frames, step.height, step.width)
+    with training_unet(model, latent, conditioning(model, 1), DTYPES[step.precision]) as unet:
+        trainer = Trainer(unet, settings, memory_budget=budget)
+        if step.plan != "auto":
+            trainer.plan = Plan.all_at(trainer.costs, step.plan)  # type: ignore[arg-type]
+        for taken in trainer:
+            on_step(taken.number - 1)
 
 
 def walk(step: Step, model: Any, steps: int, on_step: OnStep) -> None:

@@ -6,10 +6,10 @@ import argparse
 import time
 from typing import Any
 
-import pipeline
 import torch
 from allocations import Allocations
 from steps import DTYPES, UNET_NAMES, conditioning, inflated, random_latent
+from tune_a_video.tav_core import pipeline
 from unets import UNETS, build_model
 
 STEPS = 2

@@ -14,14 +14,12 @@ import torch
 from clips import Clip, Edit
 from sprites import Scene
 from torch import Tensor
-from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core import host, pipeline, schedule
 from tune_a_video.tav_core.evaluation import metrics
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
 
 # A sprite that is not there is as far away as one in the middle would be from the border.
 _MISSING = sprites.SIZE / 2
@@ -92,21 +90,19 @@ def edited_videos(
             if method.tuned:
                 if method.inflation not in motions:
                     tuning = TuneSettings(steps=settings.tune_steps, learning_rate=settings.learning_rate, seed=seed)
-                    motions[method.inflation], _ = one_shot_tune(model, latent, source, tuning, method.inflation)
+                    motions[method.inflation], _ = pipeline.tune(model, latent, source, tuning, method.inflation)
                 motion = motions[method.inflation]
             ready = host.inflate_model(model, method.inflation, motion)
-        levels = host.sigma_table(ready)
-        falling = schedule.sampling_sigmas(levels, settings.ddim_steps)
         if method.inverted:
-            rising = schedule.inversion_sigmas(levels, settings.ddim_steps)
-            start = host.run_sampler(ready, ddim_invert, rising, source, source, 1.0, latent)
+            start = pipeline.invert(ready, latent, source, settings.ddim_steps)
         else:
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-            start = noise * float(falling[0]) / host.model_scale(ready)
+            sigma = float(schedule.sampling_sigmas(host.sigma_table(ready), settings.ddim_steps)[0])
+            start = noise * sigma / host.model_scale(ready)
         videos[method.name] = {}
         for edit in edits:
             prompt = tiny_sd.encode(text, edit.prompt)
-            latents = host.run_sampler(ready, ddim_sample, falling, prompt, empty, settings.guidance, start)
+            latents = pipeline.sample(ready, start, prompt, empty, settings.ddim_steps, settings.guidance)
             videos[method.name][edit.kind] = vae.decode(latents)
         say(method.name)
     return videos

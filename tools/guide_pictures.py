@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,24 +48,19 @@ class Workbench:
         return host.inflate_model(self.model, Inflation(), motion)
 
     def tune(self, counts: tuple[int, ...]) -> None:
-        """Tune to each number of steps: one tuning that is stopped and resumed."""
-        from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+        """Tune once, and keep the motion at each number of steps."""
+        from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+        from tune_a_video.tav_core.tuning.training_unet import training_unet
 
         settings = TuneSettings(steps=max(counts), learning_rate=self.settings.learning_rate, seed=SEED)
-        done: list[int] = []
-        with tempfile.TemporaryDirectory() as folder:
-            for count in sorted(counts):
-                motion, _ = one_shot_tune(
-                    self.model,
-                    self.latent,
-                    self.encode(self.clip.prompt),
-                    settings,
-                    checkpoints=Path(folder),
-                    on_step=done.append,
-                    stop=lambda count=count: len(done) >= count,  # type: ignore[misc]
-                )
-                self.tuned[count] = self._inflated(motion)
-                print(f"tuned {count} steps", flush=True)
+        motions: dict[int, Any] = {}
+        with training_unet(self.model, self.latent, self.encode(self.clip.prompt)) as unet:
+            trainer = Trainer(unet, settings)
+            for step in trainer:
+                if step.number in counts:
+                    motions[step.number] = trainer.motion()
+                    print(f"tuned {step.number} steps", flush=True)
+        self.tuned |= {count: self._inflated(motion) for count, motion in motions.items()}
 
     def sampled(
         self,
@@ -77,7 +71,7 @@ class Workbench:
         inverted_with: str | None = None,
     ) -> Any:
         """Return an edit's frames [frames, h, w, 3]. The demo's settings are the defaults."""
-        import pipeline
+        from tune_a_video.tav_core import pipeline
 
         model = self.tuned[self.settings.tune_steps if tune_steps is None else tune_steps]
         steps = ddim_steps or self.settings.ddim_steps
