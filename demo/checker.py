@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a picture shows; sprites by falling area."""
+    """The content of a picture; sprites by falling area."""
 
     style: str
     background: str

@@ -37,7 +37,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is changed of a clip, and what its frames should then show."""
+    """A change to a clip, and the scenes that its frames should then show."""
 
     kind: str
     scenes: tuple[Scene, ...]

@@ -39,7 +39,7 @@ def files() -> list[str]:
 
 
 def fingerprint(*sources: Path) -> str:
-    """Of everything that decides the results: another one, and they have to be made anew."""
+    """Hash everything that decides the results; when it changes, they are made again."""
     digest = hashlib.sha256(json.dumps([asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt]).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -57,7 +57,7 @@ def reduced(images: Tensor) -> Tensor:
 
 
 def results(folder: Path, embed: Any) -> list[dict[str, Any]]:
-    """What the videos in a folder show, measured from the files themselves."""
+    """Measure the videos in a folder, from the files themselves."""
     source = CLIP.images()
     found = []
     for edit in EDITS:

@@ -15,7 +15,7 @@ from progress import Bar
 from sprites import SIZE
 
 EXERCISED = "Everything that the quick start uses ran on the real host, on the CPU."
-# What the progress bar of a node is called, by its id in the graph.
+# The name of a node's progress bar, by its id in the graph.
 _WORK = {"tuning": "tuning", "inversion": "inversion", "sampling": "sampling"}
 
 

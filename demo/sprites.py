@@ -62,7 +62,7 @@ class Sprite(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. ``texture``: the seed of the background's details. Later sprites lie on top."""
+    """A picture to draw. ``texture``: the seed of the background's details. Later sprites lie on top."""
 
     sprites: Sequence[Sprite]
     background: str

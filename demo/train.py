@@ -35,13 +35,13 @@ _EMPTY_CAPTION_RATE = 0.1
 _EMA = 0.999
 _BATCH = 32
 _SNR_LIMIT = 5.0
-# Of the first cycle, and of one that goes on from weights.
+# Steps of the CLIP image encoder in the first cycle, and in one that starts from weights.
 _VISION_STEPS, _MORE_VISION_STEPS = 1000, 300
 _LEARNING_RATE, _LATER_LEARNING_RATE = 1e-3, 7e-4
 # In later cycles more of the scenes are hard ones; the prompts that are asked have a quarter of two sprites.
 _PAIRS, _LATER_PAIRS = 0.25, 0.4
 _VISION_BATCH = 96
-# What the host's CLIP_VISION takes away from pictures and divides them by.
+# The mean and the deviation by which the host's CLIP_VISION normalises pictures.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
@@ -106,7 +106,7 @@ def train(
 
 
 def _weights(parts: Mapping[str, torch.nn.Module], rows: int) -> dict[str, Tensor]:
-    """What is saved: half precision, and of the text model's vocabulary the ``rows`` that the tokenizer uses."""
+    """Collect the weights to save: half precision, and the vocabulary's ``rows`` that the tokenizer uses."""
     return {
         prefix + key: (value[:rows] if key == tiny_sd.EMBEDDING else value).to("cpu", torch.float16).contiguous()
         for prefix, part in parts.items()
@@ -283,7 +283,7 @@ def _encode(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _latents(vae: Any, pictures: np.ndarray, device: torch.device, file: Path) -> Tensor:
-    """What the UNet sees of the pictures, [n, 4, 16, 16]."""
+    """Encode the pictures for the UNet, [n, 4, 16, 16]."""
     if not file.exists():
         _replace(file, lambda path: torch.save(_encode(vae, pictures, device) * _LATENT_SCALE, path))
     return torch.load(file, weights_only=True)
@@ -418,7 +418,7 @@ def _vision(
         rows = torch.randint(len(pictures), (_VISION_BATCH,), generator=random)
         captions = encoded.draw(rows.tolist(), random, always=True).to(device)
         x = (_pixels(pictures, rows, device) + 1) / 2
-        # What it will be shown has gone through the autoencoder: blurred and noisy here and there.
+        # Decoded pictures have gone through the autoencoder, so some are blurred or noisy.
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         x = x.lerp(blurred, torch.rand(len(x), 1, 1, 1, generator=random).to(device))
         x = (x + 0.03 * torch.randn(x.shape, generator=random).to(device)).clamp(0, 1)

@@ -35,7 +35,7 @@ class EvaluateVideo(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the edit should show. Used only if both CLIP inputs are connected.",
+                    tooltip="The edit's prompt. Used only if both CLIP inputs are connected.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",

@@ -32,8 +32,8 @@ class TAVSample(io.ComfyNode):
             "mask on the latent only the masked part changes.",
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model, from One-Shot Tune or Inflate UNet."),
-                io.Conditioning.Input("positive", tooltip="What the new video should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show; the method uses an empty prompt."),
+                io.Conditioning.Input("positive", tooltip="The prompt of the new video."),
+                io.Conditioning.Input("negative", tooltip="Things to avoid; the method uses an empty prompt."),
                 io.Latent.Input("latent", tooltip="The inverted clip, from DDIM Invert."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Sampling steps, as many as were inverted."),
                 io.Float.Input(
@@ -59,7 +59,7 @@ class TAVSample(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the fresh noise; without effect at eta 0.",
+                    tooltip="Seed of the fresh noise; without effect at eta 0.",
                 ),
                 io.Combo.Input(
                     "last_step",

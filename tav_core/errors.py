@@ -1,4 +1,4 @@
-"""What is said to the person at the graph when an input cannot be used."""
+"""Tell the person at the graph why an input cannot be used, and what to do."""
 
 from __future__ import annotations
 

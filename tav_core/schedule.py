@@ -63,7 +63,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
 
 
 def training_target(x0: Tensor, noise: Tensor, alpha_bar: float, prediction: str) -> Tensor:
-    """What the UNet should predict: the noise ("epsilon") or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0."""
+    """Return the training target: the noise ("epsilon") or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0."""
     if prediction == "epsilon":
         return noise
     return alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * x0

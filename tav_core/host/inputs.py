@@ -45,18 +45,19 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
 
 def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
     """Refuse a CONDITIONING that the model or the clip cannot take. ``name``: the input's, for the message."""
-    connect = "Connect a CLIP Text Encode node."
     if not conditioning:
-        raise Refusal(name, "it is empty", connect)
+        raise Refusal(name, "it is empty", "Connect a CLIP Text Encode node.")
     width = context_width(model)
     for embedding, options in conditioning:
         pooled = options.get("pooled_output")
         if pooled is not None and not torch.isfinite(pooled).all():
-            raise Refusal(name, "its pooled text embedding holds NaN", connect)
+            raise Refusal(name, "its pooled text embedding holds NaN", "Connect a CLIP Text Encode node.")
         if embedding.ndim != 3 or 0 in embedding.shape or not torch.isfinite(embedding).all():
             shape = list(embedding.shape)
             raise Refusal(
-                name, f"a text embedding of shape {shape} is not [prompts, tokens, width], or holds NaN", connect
+                name,
+                f"a text embedding of shape {shape} is not [prompts, tokens, width], or holds NaN",
+                "Connect a CLIP Text Encode node.",
             )
         if embedding.shape[-1] != width:
             raise Refusal(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .model import Conditioning, ModelPatcher
 
-# In multiples of the host's estimate for evaluating the model on the same clip.
+# Multiple of the host's estimate for evaluating the model on the same clip.
 _ROOM_FOR_TRAINING = 4
 
 

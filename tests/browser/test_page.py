@@ -70,7 +70,7 @@ def files_of(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def complaints() -> list[str]:
-    """What the page said on its console, and addresses that were not there."""
+    """The page's console messages, and addresses that were not found."""
     return []
 
 
@@ -249,6 +249,6 @@ def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer,
 
 
 def test_the_page_had_nothing_to_complain_of(page: Any, complaints: list[str]) -> None:
-    """Of the pack: errors on the console that name it, and files of it that were not there."""
+    """Errors on the console that name the pack, and files of the pack that were not found."""
     ours = [text for text in complaints if re.search(r"tav_|tune-a-video", text, re.I) and not EXPECTED.match(text)]
     assert ours == []

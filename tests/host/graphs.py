@@ -45,7 +45,7 @@ class Graph:
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a checkpoint loader gives: the links of its three outputs."""
+    """The links of a checkpoint loader's three outputs."""
 
     model: Link
     clip: Link

@@ -37,7 +37,7 @@ def clone(target):
 
 
 def unpack(target):
-    """What the registry's archive holds: a clone without what .comfyignore names."""
+    """The registry's archive: a clone without the files that .comfyignore names."""
     left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     assert all((ROOT / name).exists() for name in left_out)
     archive = target.parent / "node.zip"
