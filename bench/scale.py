@@ -44,7 +44,7 @@ def run(frames: list[int], sizes: list[int], picture: Path, **model: Any) -> dic
     by_frames.set(title=f"{min(sizes)} x {min(sizes)} pixels", xlabel="frames", ylabel="seconds per frame")
     by_size.set(title=f"{min(frames)} frames", xlabel="pixels, square", ylabel="seconds per frame")
     for axes in (by_frames, by_size):
-        axes.xaxis.minorticks_off()
+        axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         # At least one decade, so that flat curves look flat.
