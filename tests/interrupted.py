@@ -32,7 +32,8 @@ def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
     """Tune a tiny model, with a checkpoint every step if a folder is given."""
     import torch
     from tune_a_video.tav_core import host
-    from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+    from tune_a_video.tav_core.tuning.trainer import TuneSettings
+    from tuning_runs import one_shot_tune
     from unets import UNETS, build_model
 
     def on_step(step: int) -> None:

@@ -20,7 +20,8 @@ from tune_a_video.tav_core.media import encode
 from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 # Noise, which no encoder makes much smaller: several megabytes.

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning.early_stop import end_of_progress
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.early_stop import stopped_improving_at
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 Result = tuple[Motion, list[float]]
@@ -113,7 +114,7 @@ def test_patience_ends_a_run_at_the_same_step_however_it_came_there(tmp_path: Pa
     arguments: dict[str, Any] = {"learning_rate": 1e-8, "patience": 4}
     ended = tune(60, **arguments)
     end = len(ended[1])
-    over = end_of_progress(ended[1], 4)
+    over = stopped_improving_at(ended[1], 4)
     assert over is not None and 8 <= over <= end < 60 and end % 5 == 0
     taken: list[int] = []
 
@@ -139,33 +140,33 @@ def noisy(means: Any) -> list[float]:
 
 
 def test_a_falling_loss_is_waited_for() -> None:
-    assert end_of_progress([1 / (i + 1) for i in range(500)], 20) is None
-    assert end_of_progress(noisy(np.geomspace(1, 0.05, 500)), 100) is None
+    assert stopped_improving_at([1 / (i + 1) for i in range(500)], 20) is None
+    assert stopped_improving_at(noisy(np.geomspace(1, 0.05, 500)), 100) is None
 
 
 def test_a_loss_that_has_stopped_falling_is_not() -> None:
-    flat = end_of_progress([1 / (i + 1) for i in range(30)] + [1.0] * 70, 20)
+    flat = stopped_improving_at([1 / (i + 1) for i in range(30)] + [1.0] * 70, 20)
     assert flat is not None and 50 <= flat <= 71
-    end = end_of_progress(noisy([*np.geomspace(1, 0.1, 200), *[0.1] * 1000]), 100)
+    end = stopped_improving_at(noisy([*np.geomspace(1, 0.1, 200), *[0.1] * 1000]), 100)
     assert end is not None and 300 <= end <= 900
 
 
 def test_the_end_does_not_depend_on_what_comes_after() -> None:
     losses = noisy([0.1] * 400)
-    end = end_of_progress(losses, 30)
+    end = stopped_improving_at(losses, 30)
     assert end is not None
-    assert end_of_progress(losses[:end], 30) == end
-    assert end_of_progress(losses[: end - 1], 30) is None
+    assert stopped_improving_at(losses[:end], 30) == end
+    assert stopped_improving_at(losses[: end - 1], 30) is None
 
 
 @pytest.mark.parametrize("patience", [0, -1])
 def test_without_patience_there_is_no_end(patience: int) -> None:
-    assert end_of_progress([1.0] * 100, patience) is None
+    assert stopped_improving_at([1.0] * 100, patience) is None
 
 
 def test_steps_that_were_left_out_do_not_count() -> None:
     losses = [1 / (i + 1) for i in range(100)]
     for i in range(0, 100, 7):
         losses[i] = float("nan")
-    assert end_of_progress(losses, 10) is None
-    assert end_of_progress([float("inf")] * 30, 10) is not None
+    assert stopped_improving_at(losses, 10) is None
+    assert stopped_improving_at([float("inf")] * 30, 10) is not None

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.inflate import draw_temporal, initial_temporal
 from tune_a_video.tav_core.motion.file import Motion, check_fits, load_motion, save_motion
 from tune_a_video.tav_core.motion.low_rank import KEPT_KEY, SEED_KEY, _factors, compress, expand
+from tune_a_video.tav_core.temporal import draw_temporal, initial_temporal
 from unets import UNETS, build_model
 
 SEED = 3

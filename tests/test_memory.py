@@ -14,9 +14,10 @@ from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import memory_plan as memory
-from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, UnitCost, make_plan, peak, uniform_plan
+from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, Plan, UnitCost, make_plan, peak
 from tune_a_video.tav_core.tuning.trainable import TrainScope
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 COST = st.builds(
@@ -76,12 +77,12 @@ def test_everything_is_kept_without_a_limit_and_nothing_without_a_budget() -> No
     costs = {"a": UnitCost(100, 10, 20), "b": UnitCost(50, 10)}
     assert set(make_plan(costs, math.inf).levels.values()) == {"keep"}
     assert make_plan(costs, 0).smallest
-    assert uniform_plan(costs, "selective").levels == {"a": "selective", "b": "keep"}
+    assert Plan.all_at(costs, "selective").levels == {"a": "selective", "b": "keep"}
 
 
 def test_attention_is_what_is_kept_longest() -> None:
     costs = {"residual": UnitCost(100, 10), "first": UnitCost(90, 10, 20), "last": UnitCost(80, 10, 20)}
-    kept = uniform_plan(costs, "keep").bytes
+    kept = Plan.all_at(costs, "keep").bytes
     assert make_plan(costs, kept - 1).levels == {"residual": "keep", "first": "selective", "last": "keep"}
 
 

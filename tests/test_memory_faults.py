@@ -37,7 +37,8 @@ from tune_a_video.tav_core.out_of_memory import OutOfMemoryError, is_out_of_memo
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tuning import checkpoint as resume
 from tune_a_video.tav_core.tuning import memory_plan as memory
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 # What PyTorch, NumPy and the system really say.
@@ -444,5 +445,5 @@ def test_what_pytorch_really_says_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**56, dtype=torch.uint8)
     assert is_out_of_memory(caught.value) and type(caught.value) is not torch.OutOfMemoryError
-    assert out_of_memory.told_of("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert out_of_memory.told_of("MPS backend out of memory (MPS allocated: 9.05 GB)")
+    assert out_of_memory.mentions_oom("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert out_of_memory.mentions_oom("MPS backend out of memory (MPS allocated: 9.05 GB)")

@@ -13,7 +13,8 @@ from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 NAN, INF = float("nan"), float("inf")

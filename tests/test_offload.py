@@ -19,7 +19,8 @@ from tune_a_video.tav_core.tuning import adamw
 from tune_a_video.tav_core.tuning import memory_plan as memory
 from tune_a_video.tav_core.tuning import trainer as tuning
 from tune_a_video.tav_core.tuning.adamw import AdamW
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 Result = tuple[Motion, list[float]]
@@ -168,7 +169,7 @@ def test_a_state_that_is_loaded_stays_in_ram() -> None:
 
 def test_moments_leave_only_where_nothing_fits_beside_them() -> None:
     costs = {"a": memory.UnitCost(100, 10, 20), "b": memory.UnitCost(50, 10)}
-    least = memory.uniform_plan(costs, "recompute").bytes
+    least = memory.Plan.all_at(costs, "recompute").bytes
     fitting = memory.make_plan(costs, least + 40, moments=40)
     assert fitting.fits and not fitting.offload
     offloaded = memory.make_plan(costs, least + 39, moments=40)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tune_a_video.tav_core import attention, inflate
 from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
-from tune_a_video.tav_core.inflate import Inflation, Layout, TemporalLayer, draw_temporal, inflated_forwards
+from tune_a_video.tav_core.inflate import Inflation, Layout, inflated_forwards
 from tune_a_video.tav_core.norm import pooled_group_norm
+from tune_a_video.tav_core.temporal import TemporalLayer, draw_temporal
 from tune_a_video.tav_core.tuning.trainable import CastingOperations
 from unets import UNETS, build_model
 

@@ -18,12 +18,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from tune_a_video.tav_core import host, schedule
-from tune_a_video.tav_core.inflate import Inflation, TemporalLayer, transformer_blocks
+from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
+from tune_a_video.tav_core.temporal import TemporalLayer
 from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, TuneStep, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings, TuneStep
+from tune_a_video.tav_core.unet import transformer_blocks
+from tuning_runs import one_shot_tune
 from unets import build_model
 
 GUIDANCE = 12.5

@@ -18,7 +18,8 @@ from torch import Tensor
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
 SETTINGS = TuneSettings(steps=5, learning_rate=1e-3, warmup_steps=3)

@@ -14,7 +14,8 @@ from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tuning.trainer import Draw, TuneSettings, one_shot_tune, seeded_draw
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tuning_runs import Draw, one_shot_tune, seeded_draw
 from unets import UNETS, build_model
 
 LATENT_SCALE = 0.18215

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.checkpoint import Checkpoint
 from tune_a_video.tav_core.tuning.memory_plan import Level, Plan
-from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.trainer import PAPER, Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 
 Draw = Callable[[int], tuple[int, Tensor]]
@@ -45,36 +46,55 @@ def seeded_draw(latents: Tensor, train_steps: int, seed: int) -> Draw:
     return draw
 
 
-def run(
+def one_shot_tune(
     model: Any,
     latents: Tensor,
     conditioning: Any,
     settings: TuneSettings,
+    inflation: Inflation = PAPER,
+    motion: Motion | None = None,
+    precision: torch.dtype | None = None,
     *,
-    draw: Draw | None = None,
+    budget: float | None = None,
     level: Level | None = None,
-    folder: Path | None = None,
-    interval: float = 60.0,
-    warn: Callable[[str], None] | None = None,
-    before_update: Callable[[Trainer], None] | None = None,
-    after_step: Callable[[Trainer], Any] | None = None,
-    **options: Any,
+    draw: Draw | None = None,
+    patience: int = 0,
+    checkpoints: Path | None = None,
+    checkpoint_interval: float = 60.0,
+    on_warning: Callable[[str], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_gradients: Callable[[Trainer], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    on_preview: Callable[[int, Tensor, Tensor], None] | None = None,
+    preview_every: int = 0,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Motion, list[float]]:
-    """Tune, resuming from ``folder``; returns the motion and the losses.
+    """Tune as a node does, with a look at every part; return the motion and the losses.
 
-    ``draw``: given timesteps and noise. ``level``: every block at one. ``before_update`` sees gradients, not yet
-    clipped. ``after_step``: may raise, and ends the run by returning True. ``options`` go to the trainer.
+    ``draw``: given timesteps and noise. ``level``: the plan of every block. ``on_gradients`` sees gradients before
+    they are clipped. ``on_step`` gets the step's index and may raise. ``stop`` is asked after every step.
     """
-    with trainer_of(model, latents, conditioning, settings, **options) as trainer:
-        if level is not None:
-            trainer.plan = Plan.all_at(trainer.costs, level)
-        with Checkpoint(folder, trainer, warn, interval) as checkpoint:
+    with trainer_of(
+        model, latents, conditioning, settings, precision,
+        inflation=inflation, start=motion, memory_budget=budget, patience=patience,
+    ) as trainer:  # fmt: skip
+        with Checkpoint(checkpoints, trainer, on_warning, checkpoint_interval) as run:
+            if level is not None:
+                trainer.plan = Plan.all_at(trainer.costs, level)
+            if on_plan is not None:
+                on_plan(trainer.plan)
             while not trainer.ended:
                 loss = trainer.backward(*(draw(trainer.done) if draw else trainer.draw()))
-                if before_update is not None:
-                    before_update(trainer)
+                if on_gradients is not None:
+                    on_gradients(trainer)
                 trainer.update(loss)
-                checkpoint.save_if_due()
-                if after_step is not None and after_step(trainer):
+                if on_preview is not None and preview_every and trainer.done % preview_every == 0:
+                    made = trainer.reconstruct()
+                    if made is not None:
+                        on_preview(trainer.done, trainer.unet.latents, made)
+                run.save_if_due()
+                if on_step is not None:
+                    on_step(trainer.done - 1)
+                if stop is not None and stop():
                     break
         return trainer.motion(), trainer.losses
