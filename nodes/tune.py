@@ -45,6 +45,7 @@ class _Curve:
         self._clip: list[Picture] = []
         self._made: list[Picture] = []
         self._made_after = 0
+        self.reported = 0
         self.warned = False
 
     def warn(self, text: str) -> None:
@@ -54,16 +55,24 @@ class _Curve:
     def reconstruct(self) -> None:
         """Make the clip with the weights as they are, for the next time that the curve is drawn."""
         made = self._trainer.reconstruct()
-        if made is not None:
-            frames = LatentFrames(self._trainer.unet.model, anyway=True)
+        if made is None:
+            return
+        frames = LatentFrames(self._trainer.unet.model, anyway=True)
+        try:
             self._clip = self._clip or frames.all(self._trainer.unet.latents)
             self._made, self._made_after = frames.all(made), self._trainer.done
-            self._shown = 0.0
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            host.release_cached_memory()
+            logging.warning("Tune-A-Video: no memory to show a preview; tuning continues")
+        self._shown = 0.0
 
     def update(self) -> None:
         """Move the progress bar, and draw the curve now and then. Raises when the user cancels."""
         done, now = self._trainer.done, time.monotonic()
         self._preview.update(done)
+        self.reported = done
         if done == self._first + 1:
             self._began = now  # the first step also sets up
         losses = self._trainer.losses_so_far()
@@ -260,7 +269,8 @@ class OneShotTune(io.ComfyNode):
                     curve.update()
                     if stop.is_set():
                         break
-            preview.update(steps)
+            if curve.reported < steps:  # it was on disk already, or ended early
+                preview.update(steps)
             learnt, losses = trainer.motion(), trainer.losses
         tuned = Motion(
             learnt.tensors, _metadata(cls, model, samples, settings, precision, inflation, start, len(losses))

@@ -19,7 +19,8 @@ from typing import Any
 
 # A forked process cannot use an accelerator that its parent has initialised.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tools"), str(HERE / "helpers")]
 
 import engine  # noqa: E402
 

@@ -134,7 +134,8 @@ def test_a_tuning_on_a_full_disk_says_at_its_start_that_no_state_is_kept(small_d
     result = tune(small_disk / "runs", on_warning=on_warning, on_step=steps.append, checkpoint_interval=0.0)
     assert_same(result, tune(None))
     assert re.match(
-        r"0: this run's state cannot be kept in .*runs \(0 MiB are left on the disk, .*starts anew", said[0]
+        r"0: this run's state cannot be kept in .*runs \(0 MiB are left on the disk, .*starts again from the beginning",
+        said[0],
     )
     assert any("cannot be written" in text for text in said[1:])
     assert files(small_disk) == [small_disk / "fill"], "half a state"
@@ -217,14 +218,11 @@ def test_ffmpegs_own_words_on_a_full_disk_are_found(tmp_path: Path) -> None:
 
 
 def test_a_state_that_is_there_already_takes_its_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    checkpoint = resume.Checkpoint(tmp_path, "ab" * 32, 0.0, said.append)
+    file = resume.RunFile(tmp_path / "run.safetensors", "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=150))
-    checkpoint.check(100)
-    assert len(said) == 1
-    checkpoint.path.touch()
-    checkpoint.check(100)
-    assert len(said) == 1
+    assert "MiB are needed" in file.trouble(100)
+    file.path.touch()
+    assert not file.trouble(100)
 
 
 # --- names that lead elsewhere ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning import trainer
 from tune_a_video.tav_core.tuning.early_stop import stopped_improving_at
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
 from tuning_runs import one_shot_tune
@@ -54,16 +55,25 @@ def test_looking_changes_nothing(precision: torch.dtype | None) -> None:
     assert_same(looked, tune(5, precision=precision))
 
 
-def test_a_preview_that_there_is_no_memory_for_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_preview_that_there_is_no_memory_for_stops_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def scarce(*_: Any) -> None:
         raise torch.OutOfMemoryError("injected")
 
-    assert_same(tune(5, on_preview=scarce, preview_every=2), tune(5))
+    expected = tune(5)
+    monkeypatch.setattr(trainer, "reconstruct", scarce)
+    assert_same(tune(5, on_preview=scarce, preview_every=2), expected)
     assert [record.message for record in caplog.records if "no memory for a preview" in record.message] == [
-        f"Tune-A-Video: no memory for a preview after step {done}; tuning goes on" for done in (2, 4)
+        f"Tune-A-Video: no memory for a preview after step {done}; tuning continues" for done in (2, 4)
     ]
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("another error")
+
+    monkeypatch.setattr(trainer, "reconstruct", broken)
     with pytest.raises(RuntimeError, match="^another error$"):
-        tune(5, on_preview=lambda *_: (_ for _ in ()).throw(RuntimeError("another error")), preview_every=2)
+        tune(5, on_preview=scarce, preview_every=2)
 
 
 def test_looking_does_not_disturb_a_run_that_goes_on(tmp_path: Path) -> None:

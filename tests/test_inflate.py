@@ -8,7 +8,8 @@ import comfy.model_management
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host, inflate
+from tune_a_video.tav_core import host, temporal
+from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.attention import attend, gather_frames, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
@@ -27,7 +28,7 @@ def random_motion(model: Any, seed: int = 1, scale: float = 0.1) -> Motion:
         return scale * torch.randn(shape, generator=generator)
 
     tensors = {key.replace(".weight", ".diff"): drawn(shape) for key, shape in host.query_shapes(model).items()}
-    for key, value in inflate.initial_temporal(host.unet_of(model), lambda path: True, seed).items():
+    for key, value in temporal.initial_temporal(host.unet_of(model), lambda path: True, seed).items():
         tensors[key] = value + drawn(value.shape)
     return Motion(tensors)
 
@@ -50,7 +51,7 @@ def sample(model: Any, x: Tensor, positive: Any, negative: Any = None, guidance:
         def step(denoiser: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
             return denoiser(x, sigmas[0] * x.new_ones([x.shape[0]]), **extra_args)
 
-        return host.run_sampler(model, step, sigmas, positive, negative or positive, guidance, x)
+        return host.run_sampler(model, step, sigmas, (positive, negative or positive), guidance, x)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_pooled_group_norm_is_group_norm_of_the_video(silu: bool) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_one_frame_of_a_fresh_inflation_is_the_plain_model(size: str) -> None:
     model = build_model(UNETS[size], prediction="v" if size == "tiny-v" else "epsilon")
-    fresh = Motion(inflate.initial_temporal(host.unet_of(model), lambda path: True, 0))
+    fresh = Motion(temporal.initial_temporal(host.unet_of(model), lambda path: True, 0))
     x, cond = latent(1), conditioning(model)
     torch.testing.assert_close(
         sample(host.inflate_model(model, Inflation(), fresh), x, cond), sample(model, x, cond), rtol=1e-4, atol=1e-4
@@ -182,7 +183,7 @@ def test_the_model_is_itself_again_after_a_call_that_failed() -> None:
 
 def test_a_swap_by_another_pack_survives() -> None:
     model = build_model(UNETS["tiny"])
-    block = next(iter(inflate.transformer_blocks(host.unet_of(model)).values()))
+    block = next(iter(unet_parts.transformer_blocks(host.unet_of(model)).values()))
     calls = []
     original = block.forward
 
@@ -228,7 +229,7 @@ def test_carried_motion_has_its_strengths_applied() -> None:
 
 
 def test_scopes() -> None:
-    blocks = inflate.transformer_blocks(host.unet_of(build_model(UNETS["tiny"])))
+    blocks = unet_parts.transformer_blocks(host.unet_of(build_model(UNETS["tiny"])))
     later = [path for path in blocks if in_scope(path, "middle and up")]
     assert {path.split(".")[0] for path in blocks} == {"input_blocks", "middle_block", "output_blocks"}
     assert {path.split(".")[0] for path in later} == {"middle_block", "output_blocks"}
@@ -240,10 +241,10 @@ def test_sd15_has_the_papers_parameters() -> None:
     import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 
     unet = openaimodel.UNetModel(**config)
-    shapes = inflate.query_shapes(unet)
+    shapes = unet_parts.query_shapes(unet)
     temporal = sum(4 * a * b + a for key, (a, b) in shapes.items() if ".attn1." in key)
     queries = sum(a * b for a, b in shapes.values())
-    assert len(inflate.transformer_blocks(unet)) == 16
+    assert len(unet_parts.transformer_blocks(unet)) == 16
     assert round((temporal + queries) / 1e6, 2) == 74.35
 
 

@@ -1,4 +1,4 @@
-"""What is kept, what is recomputed, and that it makes no difference to what is learnt."""
+"""Plans of what is kept and what is recomputed, and that they make no difference to the learnt weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning import memory_plan as memory
+from tune_a_video.tav_core.tuning import memory_probe, recompute
 from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, Plan, UnitCost, make_plan, peak
 from tune_a_video.tav_core.tuning.trainable import TrainScope
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
 from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
@@ -109,7 +110,7 @@ def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch:
     """As on PyTorch 2.4."""
     model, plans = build_model(UNETS["tiny"]), []
     kept, _ = tune(model, level="keep")
-    monkeypatch.setattr(memory, "CheckpointPolicy", None)
+    monkeypatch.setattr(recompute, "CheckpointPolicy", None)
     motion, _ = tune(model, level="selective", on_plan=plans.append)
     assert all(torch.equal(value, motion.tensors[key]) for key, value in kept.tensors.items())
     tune(model, budget=plans[0].bytes / 2, on_plan=plans.append)
@@ -117,11 +118,11 @@ def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch:
     assert "recompute" in plans[1].levels.values() and "selective" not in plans[1].levels.values()
 
 
-@pytest.mark.skipif(memory.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
+@pytest.mark.skipif(recompute.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
 def test_at_the_selective_level_no_attention_runs_twice() -> None:
     runs: dict[str, int] = {}
     for level in LEVELS:
-        with memory._AttentionResults(lambda size, level=level: runs.update({level: runs.get(level, 0) + 1})):
+        with memory_probe._AttentionResults(lambda size, level=level: runs.update({level: runs.get(level, 0) + 1})):
             tune(build_model(UNETS["tiny"]), level=level)
     assert runs["selective"] == runs["keep"] < runs["recompute"]
 
@@ -131,22 +132,22 @@ def test_saved_bytes_are_predicted_from_the_probes(scope: TrainScope, monkeypatc
     """Against what autograd really saves in a step of the asked size."""
     predicted: dict[str, UnitCost] = {}
     counted: dict[str, int] = {}
-    measure, backward = memory.measure, host.TrainingUNet.predict
+    measure, backward = memory_probe.measure, TrainingUNet.predict
 
     def spy_measure(*args: Any) -> dict[str, UnitCost]:
         predicted.update(measure(*args))
         return predicted
 
-    def spy_predict(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
+    def spy_predict(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
         if len(noisy) != 5 or counted:
             return backward(self, noisy, timestep)
-        with memory._counting(self.unet) as found:
+        with memory_probe._counting(self.module) as found:
             out = backward(self, noisy, timestep)
         counted.update({path: unit.saved for path, unit in found.items()})
         return out
 
-    monkeypatch.setattr(memory, "measure", spy_measure)
-    monkeypatch.setattr(host.TrainingUNet, "predict", spy_predict)
+    monkeypatch.setattr(memory_probe, "measure", spy_measure)
+    monkeypatch.setattr(TrainingUNet, "predict", spy_predict)
     tune(build_model(UNETS["tiny"]), frames=5, side=24, scope=scope, budget=math.inf)
     assert set(predicted) and set(predicted) <= set(counted)
     for path, cost in predicted.items():
@@ -162,16 +163,16 @@ def test_running_out_of_memory_repeats_the_step_with_a_smaller_plan(
     model = build_model(UNETS["tiny"])
     expected, expected_losses = tune(model)
     calls = 0
-    forward = host.TrainingUNet.predict
+    forward = TrainingUNet.predict
 
-    def scarce(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
+    def scarce(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
         nonlocal calls
         calls += 1
         if calls in (5, 6):  # the second step, twice; the first three calls are the probes
             raise torch.OutOfMemoryError("injected")
         return forward(self, noisy, timestep)
 
-    monkeypatch.setattr(host.TrainingUNet, "predict", scarce)
+    monkeypatch.setattr(TrainingUNet, "predict", scarce)
     motion, losses = tune(model, budget=1e12)
     assert losses == expected_losses
     assert all(torch.equal(value, motion.tensors[key]) for key, value in expected.tensors.items())
@@ -180,15 +181,15 @@ def test_running_out_of_memory_repeats_the_step_with_a_smaller_plan(
 
 def test_no_memory_even_with_everything_recomputed_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    forward = host.TrainingUNet.predict
+    forward = TrainingUNet.predict
 
-    def none_left(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
+    def none_left(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
         nonlocal calls
         calls += 1
         if calls > 3:  # those were the probes
             raise torch.OutOfMemoryError("injected")
         return forward(self, noisy, timestep)
 
-    monkeypatch.setattr(host.TrainingUNet, "predict", none_left)
+    monkeypatch.setattr(TrainingUNet, "predict", none_left)
     with pytest.raises(RuntimeError, match="out of memory, although.*fewer frames or a smaller size"):
         tune(build_model(UNETS["tiny"]))

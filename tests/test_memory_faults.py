@@ -90,7 +90,7 @@ CONDITIONING = [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1
 
 
 def live_bytes() -> int:
-    """Of all tensors that anything still refers to."""
+    """Bytes of all tensors that anything still refers to."""
     gc.collect()
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
@@ -124,7 +124,7 @@ def tune(model: Any, **options: Any) -> tuple[Motion, list[float]]:
 def walk(sampler: Callable[..., Tensor], model: Any, start: Tensor) -> Tensor:
     table = host.sigma_table(model)
     sigmas = schedule.inversion_sigmas(table, 2) if sampler is ddim_invert else schedule.sampling_sigmas(table, 2)
-    return host.run_sampler(model, sampler, sigmas, CONDITIONING, CONDITIONING, 3.0, start)
+    return host.run_sampler(model, sampler, sigmas, (CONDITIONING, CONDITIONING), 3.0, start)
 
 
 def tensors_of(result: tuple[Motion, list[float]]) -> list[Tensor]:
@@ -285,12 +285,12 @@ def test_no_picture_of_the_loss_does_not_end_a_tuning(
     from tune_a_video.nodes import tune as module
     from tune_a_video.nodes.support.preview import MovingPreview
 
-    progress = module._Progress(10, MovingPreview(10), None)
-    progress.step(0)
+    trainer: Any = SimpleNamespace(done=2, settings=TuneSettings(steps=10), losses_so_far=lambda: [1.0, 0.5])
+    curve = module._Curve(trainer, MovingPreview(10))
     monkeypatch.setattr(module, "_PREVIEW_SECONDS", 0.0)
     monkeypatch.setattr(pictures, "loss_curve", failing(error))
-    progress.losses([1.0, 0.5])
-    assert "tuning goes on" in caplog.text
+    curve.update()
+    assert "tuning continues" in caplog.text
 
 
 # --- the nodes beside the model --------------------------------------------------------------------------
@@ -315,6 +315,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     from tune_a_video.nodes import (
         compare_videos,
         evaluate_video,
+        inflate,
         load_motion,
         load_video,
         save_motion,
@@ -332,7 +333,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         save=save_motion.SaveMotion,
         load=load_motion.LoadMotion,
         tune=type("OneShotTune", (tune.OneShotTune,), hidden),
-        inflate=tune.InflateUNet,
+        inflate=inflate.InflateUNet,
         evaluate=evaluate_video.EvaluateVideo,
         compare=compare_videos.CompareVideos,
     )

@@ -37,14 +37,14 @@ def on_the_server() -> Any:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     import tune_a_video.nodes.tune as tune
-    from tune_a_video.nodes import load_motion, sample, save_motion
+    from tune_a_video.nodes import inflate, invert, load_motion, sample, save_motion
 
     hidden = SimpleNamespace(prompt=PROMPT, unique_id="3", extra_pnginfo=None)
     monkeypatch.setattr(tune.OneShotTune, "hidden", hidden)
     return SimpleNamespace(
         tune=tune.OneShotTune,
-        inflate=tune.InflateUNet,
-        invert=sample.DDIMInvert,
+        inflate=inflate.InflateUNet,
+        invert=invert.DDIMInvert,
         sample=sample.TAVSample,
         save=save_motion.SaveMotion,
         load=load_motion.LoadMotion,

@@ -13,7 +13,7 @@ from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
@@ -52,7 +52,7 @@ def overflowing(model: Any) -> Any:
 
 @pytest.fixture
 def nodes() -> SimpleNamespace:
-    from tune_a_video.nodes import sample, tune
+    from tune_a_video.nodes import invert, sample, tune
 
     hidden = {"hidden": SimpleNamespace(prompt=None, unique_id="1", extra_pnginfo=None)}
     tuning = type("OneShotTune", (tune.OneShotTune,), hidden)
@@ -62,7 +62,7 @@ def nodes() -> SimpleNamespace:
 
     return SimpleNamespace(
         tune=run_tune,
-        invert=lambda model, latent, prompt: sample.DDIMInvert.execute(model, latent, prompt, 2).result[0],
+        invert=lambda model, latent, prompt: invert.DDIMInvert.execute(model, latent, prompt, 2).result[0],
         sample=lambda model, latent, prompt: sample.TAVSample.execute(
             model, prompt, prompt, latent, 2, 3.0, 0.0, 0
         ).result[0],
@@ -103,15 +103,11 @@ def test_a_model_that_overflows_cannot_be_tuned(nodes: SimpleNamespace) -> None:
 def test_weights_that_half_precision_cannot_hold_are_no_motion(
     nodes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tune_a_video.nodes import tune
+    def grown(trainer: Trainer) -> Motion:
+        return Motion({key: value * 1e9 for key, value in learnt(trainer).tensors.items()})
 
-    real = one_shot_tune
-
-    def grown(*args: Any, **options: Any) -> tuple[Motion, list[float]]:
-        motion, losses = real(*args, **options)
-        return Motion({key: value * 1e9 for key, value in motion.tensors.items()}), losses
-
-    monkeypatch.setattr(tune, "one_shot_tune", grown)
+    learnt = Trainer.motion
+    monkeypatch.setattr(Trainer, "motion", grown)
     with pytest.raises(RuntimeError, match="^learning_rate: the tuned weights are too large.*Lower it"):
         nodes.tune(build_model(UNETS["tiny"]), latent(), conditioning())
 

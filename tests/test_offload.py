@@ -1,4 +1,4 @@
-"""What leaves the device, or is given up, when memory is short; and that it makes no difference to what is learnt."""
+"""Memory that is given up when it is short, and that it makes no difference to the learnt weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tune_a_video.tav_core.tuning import adamw
 from tune_a_video.tav_core.tuning import memory_plan as memory
 from tune_a_video.tav_core.tuning import trainer as tuning
 from tune_a_video.tav_core.tuning.adamw import AdamW
+from tune_a_video.tav_core.tuning.cast_cache import CastWeightCache
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
 from tuning_runs import one_shot_tune
 from unets import UNETS, build_model
 
@@ -228,8 +230,8 @@ class Scarce:
 
 
 PLACES = {
-    "probe": (host.TrainingUNet, "predict", 0),
-    "forward": (host.TrainingUNet, "predict", 4),
+    "probe": (TrainingUNet, "predict", 0),
+    "forward": (TrainingUNet, "predict", 4),
     "backward": (Tensor, "backward", 1),
     "clipping": (torch.nn.utils, "clip_grad_norm_", 1),
     "first update": (torch, "_fused_adamw_", 0),
@@ -250,7 +252,7 @@ def test_running_out_anywhere_gives_up_memory_and_goes_on(
     owner, name, skip = PLACES[place]
     scarce = Scarce(getattr(owner, name), skip, failures)
     monkeypatch.setattr(owner, name, scarce)
-    # What a host moves of a model's weights cannot be seen on a device that is RAM: tests/host has its case.
+    # On a device that is RAM no weights can be seen to move: tests/host has that case.
     asked: list[float] = []
     monkeypatch.setattr(host, "offload_weights", lambda model, size: asked.append(size) or 1.0)
     assert_same(tune(budget=1e12), undisturbed)
@@ -258,9 +260,9 @@ def test_running_out_anywhere_gives_up_memory_and_goes_on(
     told = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(told) == failures
     if place in ("forward", "backward"):
-        assert all("in step 2; it is repeated with blocks: " in message for message in told) and not asked
+        assert all("in step 2; repeated with blocks: " in message for message in told) and not asked
     else:
-        assert "moments go to RAM" in told[0]
+        assert "moments in RAM" in told[0]
         assert len(asked) == failures - 1
 
 
@@ -297,14 +299,14 @@ def test_weights_that_the_host_moves_away_in_mid_run_are_fetched(undisturbed: Re
 
 def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = 0
-    fetch = host.fetch
+    lent = host.lent
 
     def spy(module: torch.nn.Module, x: Tensor) -> Any:
         nonlocal conversions
         conversions += x.dtype == torch.bfloat16 and isinstance(module, torch.nn.Conv2d)
-        return fetch(module, x)
+        return lent(module, x)
 
-    monkeypatch.setattr(host, "fetch", spy)
+    monkeypatch.setattr(host, "lent", spy)
     plans: list[memory.Plan] = []
     expected = tune(precision=torch.bfloat16, level="keep", budget=1.0, on_plan=plans.append)
     anew, conversions = conversions, 0
@@ -312,13 +314,11 @@ def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPat
     # Three probes and one time of four steps, forward and backward.
     assert conversions < anew / 2
     # And given up first when memory turns out to be short.
-    predict = Scarce(host.TrainingUNet.predict, 4)
-    monkeypatch.setattr(host.TrainingUNet, "predict", predict)
+    predict = Scarce(TrainingUNet.predict, 4)
+    monkeypatch.setattr(TrainingUNet, "predict", predict)
     kept: list[bool] = []
-    make_room = tuning._Descent.make_room
-    monkeypatch.setattr(
-        tuning._Descent, "make_room", lambda self: kept.append(self.session.converted.keep) or make_room(self)
-    )
+    drop = CastWeightCache.drop
+    monkeypatch.setattr(CastWeightCache, "drop", lambda self: kept.append(self.keep) or drop(self))
     assert_same(tune(precision=torch.bfloat16, budget=1e12), expected)
     assert kept == [True] and predict.left == 0
 

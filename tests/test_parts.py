@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tune_a_video.tav_core import attention, inflate
+from tune_a_video.tav_core import attention, inflate, temporal
+from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation, Layout, inflated_forwards
 from tune_a_video.tav_core.norm import pooled_group_norm
@@ -147,11 +148,11 @@ def unet() -> Any:
 @pytest.mark.parametrize("operations", [torch.nn, CastingOperations])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporal_layers_lie_under_the_blocks_paths(unet: Any, operations: Any, dtype: torch.dtype) -> None:
-    paths = list(inflate.transformer_blocks(unet))
-    drawn = inflate.initial_temporal(unet, lambda path: path != paths[0], 1)
+    paths = list(unet_parts.transformer_blocks(unet))
+    drawn = temporal.initial_temporal(unet, lambda path: path != paths[0], 1)
     with torch.device("meta"):  # whatever the default device is
-        root = inflate.build_temporal(unet, drawn, operations, dtype)
-    layers = inflate.temporal_layers(root)
+        root = temporal.build_temporal(unet, drawn, operations, dtype)
+    layers = temporal.temporal_layers(root)
     assert list(layers) == paths[1:]
     state = root.state_dict()
     assert state.keys() == drawn.keys()
@@ -188,15 +189,15 @@ class Odd(torch.nn.Module):
 def test_only_whole_blocks_are_blocks() -> None:
     root = torch.nn.Module()
     root.transformer_blocks = Odd().wrapped
-    assert inflate.transformer_blocks(root) == {}
+    assert unet_parts.transformer_blocks(root) == {}
     outer = torch.nn.Module()
     outer.a = root
-    assert list(inflate.transformer_blocks(outer)) == ["a.transformer_blocks.whole"]
+    assert list(unet_parts.transformer_blocks(outer)) == ["a.transformer_blocks.whole"]
 
 
 def test_pooled_norms_are_those_of_residual_blocks_and_the_head(unet: Any) -> None:
     names = {module: name for name, module in unet.named_modules()}
-    found = inflate.pooled_norms(unet)
+    found = unet_parts.pooled_norms(unet)
     blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "ResBlock"]
     wanted = {f"{name}.{part}.0" for name in blocks for part in ("in_layers", "out_layers")} | {"out.0"}
     assert {names[norm] for norm in found} == wanted
@@ -206,7 +207,7 @@ def test_pooled_norms_are_those_of_residual_blocks_and_the_head(unet: Any) -> No
     modulated = unet.get_submodule(blocks[0])
     modulated.use_scale_shift_norm = True
     try:
-        apart = [names[norm] for norm, silu in inflate.pooled_norms(unet).items() if silu is None]
+        apart = [names[norm] for norm, silu in unet_parts.pooled_norms(unet).items() if silu is None]
     finally:
         modulated.use_scale_shift_norm = False
     assert apart == [f"{blocks[0]}.out_layers.0"]
@@ -214,14 +215,14 @@ def test_pooled_norms_are_those_of_residual_blocks_and_the_head(unet: Any) -> No
 
 def test_what_only_looks_like_a_norm_to_pool_is_not() -> None:
     odd = Odd()
-    assert inflate.pooled_norms(odd) == {odd.other.in_layers[0]: None}
+    assert unet_parts.pooled_norms(odd) == {odd.other.in_layers[0]: None}
 
 
 @pytest.mark.parametrize("mode", SPATIAL_MODES)
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_each_part_can_be_left_out(unet: Any, mode: Any, pooled: bool, strength: float) -> None:
-    blocks = inflate.transformer_blocks(unet)
+    blocks = unet_parts.transformer_blocks(unet)
     with_layer, crossed = list(blocks)[1], list(blocks)[2]
     blocks[crossed].disable_self_attn = True
     try:
@@ -233,7 +234,7 @@ def test_each_part_can_be_left_out(unet: Any, mode: Any, pooled: bool, strength:
     names = {module: name for name, module in unet.named_modules()}
     wanted = [f"{path}.attn1" for path in blocks if path != crossed] if mode != "per frame" else []
     wanted += [with_layer] if strength else []
-    norms = [names[norm] for norm in inflate.pooled_norms(unet)] if pooled else []
+    norms = [names[norm] for norm in unet_parts.pooled_norms(unet)] if pooled else []
     wanted += [name.removesuffix("0") + end for name in norms for end in "01"]
     assert sorted(names[module] for module, _ in swaps) == sorted(wanted)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tune_a_video.tav_core.media import pictures
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneStep
 from unets import UNETS, build_model
 
 pytestmark = pytest.mark.comfyui
@@ -168,11 +169,14 @@ def test_a_tuning_is_stopped_by_its_nodes_number(node: Context, monkeypatch: pyt
 
     asked: list[Any] = []
 
-    def step(self: Any, index: int) -> None:
-        if index == 2:
-            asked.extend([stop.request_stop("5"), stop.request_stop("4"), stop.request_stop("3")])
+    class Stopping(Trainer):
+        def update(self, loss: Tensor) -> TuneStep:
+            step = super().update(loss)
+            if step.number == 3:
+                asked.extend([stop.request_stop("5"), stop.request_stop("4"), stop.request_stop("3")])
+            return step
 
-    monkeypatch.setattr(node.module._Progress, "step", step)
+    monkeypatch.setattr(node.module, "Trainer", Stopping)
     _, motion, curve = node.tune(33)
     # Node 3 of the subgraph that is node 4 of the graph.
     assert asked == [[], [], ["4:3"]]

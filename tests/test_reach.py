@@ -121,6 +121,8 @@ from tune_a_video.nodes import compare_videos
 from tune_a_video.nodes import evaluate_video
 from tune_a_video.nodes import load_motion
 from tune_a_video.nodes import load_video
+from tune_a_video.nodes import inflate
+from tune_a_video.nodes import invert
 from tune_a_video.nodes import sample
 from tune_a_video.nodes import save_motion
 from tune_a_video.nodes import save_video
@@ -146,8 +148,8 @@ def everything(turn):
     tuned, learnt, _ = run(tune.OneShotTune, model, latent, prompt, 6, 1e-3, turn, "all", "auto", 0, 1.0)
     path = run(save_motion.SaveMotion, learnt, f"runs/{turn}", 4)[0]
     again = run(load_motion.LoadMotion, os.path.relpath(path, folder_paths.get_folder_paths("tav")[0]))[0]
-    inflated = run(tune.InflateUNet, model, "sparse-causal", "over frames", 1.0, 1.0, again)[0]
-    inverted = run(sample.DDIMInvert, inflated, latent, prompt, 2)[0]
+    inflated = run(inflate.InflateUNet, model, "sparse-causal", "over frames", 1.0, 1.0, again)[0]
+    inverted = run(invert.DDIMInvert, inflated, latent, prompt, 2)[0]
     run(sample.TAVSample, inflated, prompt, prompt, inverted, 2, 3.0, 0.5, 0)
     run(evaluate_video.EvaluateVideo, frames, frames)
     run(compare_videos.CompareVideos, frames, frames)

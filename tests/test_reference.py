@@ -23,10 +23,10 @@ from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.temporal import TemporalLayer
-from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level
-from tune_a_video.tav_core.tuning.trainer import TuneSettings, TuneStep
+from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, Plan
+from tune_a_video.tav_core.tuning.trainer import TuneSettings
 from tune_a_video.tav_core.unet import transformer_blocks
-from tuning_runs import one_shot_tune
+from tuning_runs import trainer_of
 from unets import build_model
 
 GUIDANCE = 12.5
@@ -253,26 +253,22 @@ def test_training(reference: Reference, variant: str, level: Level) -> None:
     prediction = "v" if "vpred" in variant or recorded.get("prediction_type", "").startswith("v") else "epsilon"
     noise, timesteps = reference["train.noise"], reference["train.timesteps"].tolist()
     settings = TuneSettings(steps=len(timesteps), train_scope="middle and up" if variant.endswith("ckpt") else "all")
-    steps: list[TuneStep] = []
     model = reference.model(prediction)
-    with UNetIO(model) as io:
-        motion, losses = one_shot_tune(
-            model,
-            frames_first(reference["latents.clean"]) / reference.scale,
-            [[reference["context.source"], {}]],
-            settings,
-            motion=reference.motion(),
-            level=level,
-            draw=lambda step: (timesteps[step], frames_first(noise[step])),
-            on_gradients=steps.append,
-        )
-
-    # Before the steps the UNet is run on small probes, to plan the memory.
-    first = len(io.outputs) - len(timesteps)
+    latents, cond = frames_first(reference["latents.clean"]) / reference.scale, [[reference["context.source"], {}]]
+    norms: list[Tensor] = []
+    with UNetIO(model) as io, trainer_of(model, latents, cond, settings, start=reference.motion()) as trainer:
+        trainer.plan = Plan.all_at(trainer.costs, level)
+        # Small probes have run the UNet to plan the memory.
+        first = len(io.outputs)
+        for timestep, each in zip(timesteps, noise, strict=True):
+            loss = trainer.backward(timestep, frames_first(each))
+            if not norms:
+                gradients_seen = {key: p.grad.clone() for key, p in trainer.trained.items() if p.grad is not None}
+            norms.append(trainer.update(loss).grad_norm)
+        motion, losses = trainer.motion(), trainer.losses
     theirs = reference.family(f"{case}.")
     reference.check(f"{case}.loss", "train.*.loss", torch.tensor(losses), theirs.pop("loss"))
-    norms = torch.stack([step.grad_norm for step in steps])
-    reference.check(f"{case}.grad_norm", "train.*.grad_norm", norms, theirs.pop("grad_norm"))
+    reference.check(f"{case}.grad_norm", "train.*.grad_norm", torch.stack(norms), theirs.pop("grad_norm"))
     if "pred_step0" in theirs:
         reference.check(f"{case}.pred_step0", "forward.*", video(io.outputs[first]), theirs.pop("pred_step0"))
     if "train.noisy_step0" in reference.tensors:
@@ -288,11 +284,11 @@ def test_training(reference: Reference, variant: str, level: Level) -> None:
     finals = {n.removeprefix("final."): theirs.pop(n) for n in list(theirs) if n.startswith("final.")}
     ours = {name: motion.tensors[key(name)] - start.get(key(name), 0) for name in deltas}
 
-    assert set(steps[0].gradients) == {key(name) for name in deltas}, "what learns is not what learns there"
+    assert set(gradients_seen) == {key(name) for name in deltas}, "what learns is not what learns there"
     rule = "train.*.grad_step0.* (per tensor)"
     for name, gradient in gradients.items():
         if name not in exempt:
-            reference.check(f"{case}.grad_step0", rule, steps[0].gradients[key(name)], gradient)
+            reference.check(f"{case}.grad_step0", rule, gradients_seen[key(name)], gradient)
     rule = "train.*.delta.* (per tensor)"
     for name, delta in deltas.items():
         if name in exempt:
@@ -324,6 +320,20 @@ def test_training(reference: Reference, variant: str, level: Level) -> None:
     assert not theirs, f"not understood: {sorted(theirs)}"
 
 
+def invert_v_at_the_latents_level(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+) -> Tensor:
+    """Invert as diffusers' DDIMInverseScheduler: a v becomes noise at the lower level of each step."""
+    x = schedule.to_ve(x, sigmas[0])
+    for i, (now, up) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        seen = x * ((1 + up**2) / (1 + now**2)) ** 0.5
+        denoised = model(seen, up * x.new_ones([len(x)]), **(extra_args or {}))
+        v = (seen - denoised) / up * (1 + up**2) ** 0.5 - schedule.to_vp(x, now) * up
+        callback({"x": x, "i": i, "sigma": now, "sigma_hat": up, "denoised": denoised})
+        x = x + (up - now) * schedule.to_vp(v + schedule.to_vp(x, now) * now, now)
+    return x
+
+
 def run_trajectory(reference: Reference, trajectory: str, v_level: str = "evaluated") -> list[Tensor]:
     """Every latent of an inversion or a sampling run, variance-preserving [frames, c, h, w], both ends included."""
     theirs = reference[trajectory]
@@ -340,12 +350,13 @@ def run_trajectory(reference: Reference, trajectory: str, v_level: str = "evalua
         sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
         cond = source if "source" in trajectory else empty
         clean = start / reference.scale
-        end = host.run_sampler(model, ddim_invert, sigmas, cond, cond, 1.0, clean, callback=callback, v_level=v_level)
+        sampler = ddim_invert if v_level == "evaluated" else invert_v_at_the_latents_level
+        end = host.run_sampler(model, sampler, sigmas, (cond, cond), 1.0, clean, callback=callback)
         end = schedule.to_vp(end, sigmas[-1])
     else:
         sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps)
         noisy = schedule.to_ve(start, sigmas[0]) / reference.scale
-        end = host.run_sampler(model, ddim_sample, sigmas, edit, empty, GUIDANCE, noisy, callback=callback)
+        end = host.run_sampler(model, ddim_sample, sigmas, (edit, empty), GUIDANCE, noisy, callback=callback)
     states = [schedule.to_vp(x, sigma) for x, sigma in zip(seen, sigmas[:-1], strict=True)]
     return [*states, end * reference.scale]
 

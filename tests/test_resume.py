@@ -19,7 +19,7 @@ from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import one_shot_tune
+from tuning_runs import one_shot_tune, trainer_of
 from unets import UNETS, build_model
 
 SETTINGS = TuneSettings(steps=5, learning_rate=1e-3, warmup_steps=3)
@@ -127,13 +127,19 @@ def test_a_run_that_goes_on_from_a_motion_goes_on(tmp_path: Path, undisturbed: R
     assert_same(result, whole)
 
 
-def test_stopped_within_an_update_it_goes_on_from_before(tmp_path: Path, undisturbed: Result) -> None:
-    def in_update(step: Any) -> None:
-        if step.index == 3:
+def test_stopped_within_an_update_it_goes_on_from_before(
+    tmp_path: Path, undisturbed: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trainer_of(build_model(UNETS["tiny"]), latents(), conditioning(), SETTINGS) as trainer:
+
+        def in_update(*_: object) -> None:
             raise StoppedError
 
-    with pytest.raises(StoppedError):
-        tune(tmp_path, on_gradients=in_update, checkpoint_interval=0.0)
+        with pytest.raises(StoppedError), resume.Checkpoint(tmp_path, trainer, interval=0.0) as run:
+            for step in trainer:
+                run.save_if_due()
+                if step.number == 3:
+                    monkeypatch.setattr(trainer.optimizer, "step", in_update)
     result, taken = tune(tmp_path)
     assert taken == [3, 4]
     assert_same(result, undisturbed)
@@ -204,9 +210,9 @@ def test_a_damaged_file_is_left_alone(
 
 def test_another_runs_file_is_left_alone(half_way: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = copy_of(half_way, tmp_path)
-    checkpoint = resume.Checkpoint(tmp_path, "other", 0.0)
-    path.rename(checkpoint.path)
-    assert checkpoint.read() is None and "its run is another" in caplog.text
+    other = resume.RunFile(tmp_path / "other.safetensors", "other")
+    path.rename(other.path)
+    assert other.read() is None and "its run is another" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_stops_nothing(
@@ -226,7 +232,7 @@ def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
         return path
 
     run, theirs, old = ("ab" * 32, "cd" * 32, "ef" * 32)
-    ours = resume.Checkpoint(tmp_path, run, 0.0)
+    ours = resume.RunFile(tmp_path / f"{run}.safetensors", run)
     kept = [file(f"{run}.safetensors", resume.KEPT_FOR + 60), file(f"{theirs}.safetensors", 60)]
     kept += [file(f".{theirs}.part", 60), file("notes.txt", 2 * resume.KEPT_FOR)]
     # Whatever else a user keeps there is not ours to remove.
@@ -247,24 +253,29 @@ def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
 
 
 def test_writing_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
+    now, writes = 1000.0, 0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    checkpoint = resume.Checkpoint(tmp_path, "run", 60.0)
 
     def slow(*_: object) -> None:
-        nonlocal now
+        nonlocal now, writes
         now += 10.0
+        writes += 1
+
+    def written_after(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        before = writes
+        checkpoint.save_if_due()
+        return writes > before
 
     monkeypatch.setattr(resume, "write_safetensors", slow)
-    now += 59.0
-    assert not checkpoint.due()
-    now += 1.0
-    assert checkpoint.due()
-    checkpoint.write(resume.State({"x": torch.zeros(1)}, {}))
-    now += 199.0
-    assert not checkpoint.due()
-    now += 1.0
-    assert checkpoint.due()
+    with trainer_of(build_model(UNETS["tiny"]), latents(), conditioning(), SETTINGS) as trainer:
+        checkpoint = resume.Checkpoint(tmp_path, trainer)
+        next(iter(trainer))
+        assert not written_after(59.0)
+        assert written_after(1.0)
+        assert not written_after(199.0)
+        assert written_after(1.0)
 
 
 def test_a_fingerprint_is_of_names_types_shapes_and_bytes() -> None:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host, schedule
+from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.sample import ddim_sample
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
 from tuning_runs import Draw, one_shot_tune, seeded_draw
 from unets import UNETS, build_model
@@ -159,7 +157,7 @@ def test_many_steps_without_a_finite_loss_end_the_run_with_the_last_good_weights
     assert len(losses) == 10
     assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
     assert "not finite after step 3; tuning ends" in caplog.text
-    assert not list(tmp_path.iterdir()), "it would be gone on with"
+    assert not list(tmp_path.iterdir()), "it would be resumed"
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +193,11 @@ def test_inverting_and_sampling_gives_the_clip_back(prediction: str) -> None:
     host.unet_of(model).out[2].weight.mul_(0.05)
     motion, _ = tune(model, 5)
     tuned = host.inflate_model(model, Inflation(), motion)
-    table, cond, x = host.sigma_table(tuned), conditioning(model), clip()
+    cond, x = conditioning(model), clip()
     errors = []
     for steps in (5, 50):
-        up, down = schedule.inversion_sigmas(table, steps), schedule.sampling_sigmas(table, steps)
-        inverted = host.run_sampler(tuned, ddim_invert, up, cond, cond, 1.0, x)
-        back = host.run_sampler(tuned, ddim_sample, down, cond, cond, 1.0, inverted)
+        inverted = pipeline.invert(tuned, x, cond, steps)
+        back = pipeline.sample(tuned, inverted, cond, cond, steps, 1.0)
         errors.append(float((back - x).norm() / x.norm()))
     assert errors[1] < errors[0] / 2, errors
 
@@ -209,10 +206,9 @@ def test_eta_draws_noise_by_its_seed() -> None:
     model = build_model(UNETS["tiny"])
     inflated = host.inflate_model(model, Inflation())
     cond = conditioning(model)
-    sigmas = schedule.sampling_sigmas(host.sigma_table(model), 4)
 
     def run(eta: float, seed: int) -> Tensor:
-        return host.run_sampler(inflated, ddim_sample, sigmas, cond, cond, 1.0, clip(), eta=eta, noise_seed=seed)
+        return pipeline.sample(inflated, clip(), cond, cond, 4, 1.0, eta=eta, seed=seed)
 
     assert torch.equal(run(0.0, 1), run(0.0, 2))
     assert torch.equal(run(0.5, 1), run(0.5, 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.attention import gather_frames
+from tune_a_video.tav_core.host.windows import FirstFrameCache
 from tune_a_video.tav_core.inflate import Inflation, Layout
 from tune_a_video.tav_core.sample import ddim_sample
 from unets import UNETS, build_model
@@ -43,33 +44,33 @@ def test_a_first_frame_from_elsewhere_takes_the_place_of_the_first() -> None:
 
 
 def test_later_windows_get_frame_0_of_their_own_prompt() -> None:
-    windows, sigmas = host._Windows(), torch.ones(3)
-    begin = windows.first_frame(Layout(3, 2), options(sigmas, [0, 1, 2], ["a", "b"]))
+    windows, sigmas = FirstFrameCache(), torch.ones(3)
+    begin = windows.lookup(Layout(3, 2), options(sigmas, [0, 1, 2], ["a", "b"]))
     assert begin is not None
     assert torch.equal(begin("x", "k", tokens_of([0, 1, 2], [1, 2])), tokens_of([0], [1, 2]))
     # The host may run the prompts apart, and in another order.
     for uuids, prompts in ((["b"], [2]), (["b", "a"], [2, 1])):
-        later = windows.first_frame(Layout(3, len(uuids)), options(sigmas, [2, 3, 4], uuids))
+        later = windows.lookup(Layout(3, len(uuids)), options(sigmas, [2, 3, 4], uuids))
         assert later is not None
         assert torch.equal(later("x", "k", tokens_of([2, 3, 4], prompts)), tokens_of([0], prompts))
         assert later("x", "v", tokens_of([2, 3, 4], prompts)) is None
 
 
 def test_a_frame_that_the_host_puts_ahead_is_not_taken_for_frame_0() -> None:
-    windows, sigmas = host._Windows(), torch.ones(3)
-    looped = windows.first_frame(Layout(4, 1), options(sigmas, [5, 0, 1], ["a"]))
+    windows, sigmas = FirstFrameCache(), torch.ones(3)
+    looped = windows.lookup(Layout(4, 1), options(sigmas, [5, 0, 1], ["a"]))
     assert looped is not None
     assert torch.equal(looped("x", "k", tokens_of([4, 5, 0, 1], [1])), tokens_of([0], [1]))
 
 
 def test_another_run_starts_without_a_first_frame() -> None:
-    windows, sigmas = host._Windows(), torch.ones(3)
-    begin = windows.first_frame(Layout(2, 1), options(sigmas, [0, 1], ["a"]))
+    windows, sigmas = FirstFrameCache(), torch.ones(3)
+    begin = windows.lookup(Layout(2, 1), options(sigmas, [0, 1], ["a"]))
     assert begin is not None
     begin("x", "k", tokens_of([0, 1], [1]))
-    later = windows.first_frame(Layout(2, 1), options(torch.ones(3), [2, 3], ["a"]))
+    later = windows.lookup(Layout(2, 1), options(torch.ones(3), [2, 3], ["a"]))
     assert later is not None and later("x", "k", tokens_of([2, 3], [1])) is None
-    assert windows.first_frame(Layout(2, 1), {"cond_or_uncond": [0]}) is None
+    assert windows.lookup(Layout(2, 1), {"cond_or_uncond": [0]}) is None
     del sigmas, begin, later
     assert len(windows._runs) == 0
 
@@ -137,7 +138,7 @@ def test_any_number_of_frames_goes_through_windows_at_any_number_of_steps(frames
         latent = torch.randn(frames, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         prompt = [[torch.zeros(1, 7, host.context_width(model)), {}]]
         sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps)
-        ours = host.run_sampler(model, ddim_sample, sigmas, prompt, prompt, 7.5, latent)
+        ours = host.run_sampler(model, ddim_sample, sigmas, (prompt, prompt), 7.5, latent)
         assert begun == [*range(steps)] and torch.isfinite(ours).all()
         begun.clear()
         zeros = torch.zeros_like(latent)

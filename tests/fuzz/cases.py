@@ -176,7 +176,7 @@ def _conditioning() -> list[Any]:
 
 def _calls(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return, by name, node classes and their linked inputs."""
-    from tune_a_video.nodes import load_video, sample, save_video, tune
+    from tune_a_video.nodes import inflate, invert, load_video, sample, save_video, tune
 
     frames = {"images": torch.rand(2, 16, 16, 3)}
     latent, conditioning = {"latent": _latent()}, {"conditioning": _conditioning()}
@@ -184,9 +184,9 @@ def _calls(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "load": (load_video.LoadVideo, {}),
         "save": (save_video.SaveVideo, frames),
-        "inflate": (tune.InflateUNet, {"model": model}),
+        "inflate": (inflate.InflateUNet, {"model": model}),
         "tune": (tune.OneShotTune, {"model": model, **latent, **conditioning}),
-        "invert": (sample.DDIMInvert, {"model": model, **latent, **conditioning}),
+        "invert": (invert.DDIMInvert, {"model": model, **latent, **conditioning}),
         "sample": (sample.TAVSample, {"model": model, **prompts, **latent}),
     }
 
