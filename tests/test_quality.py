@@ -13,15 +13,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "demo"), str(ROOT / "bench")]
+sys.path.append(str(ROOT / "demo"))
 
-import ablation as ablations  # noqa: E402
 import clips  # noqa: E402
 import sprites  # noqa: E402
 import study  # noqa: E402
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
 
-CLIP = next(clip for clip in clips.CLIPS if clip.name == ablations.PICTURED)
+CLIP = next(clip for clip in clips.CLIPS if clip.name == "bounce")
 KIND = "object"
 METHODS = tuple(method for method in study.METHODS if "ST-Attn" not in method.name)
 
