@@ -29,18 +29,13 @@ STEPS = 12
 LONGEST = 1.5
 
 
-def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
+def tune(folder: Path | None, cancel_after: int = 0, pace: float = 0.0) -> Any:
     """Tune a tiny model, with a checkpoint every step if a folder is given."""
     import torch
     from tune_a_video.tav_core import host
     from tune_a_video.tav_core.tuning.trainer import TuneSettings
-    from tuning_runs import one_shot_tune
+    from tuning_runs import result_of, steps_of, trainer_of
     from unets import UNETS, build_model
-
-    def on_step(step: int) -> None:
-        time.sleep(pace)
-        if step == cancel_at:
-            raise KeyboardInterrupt
 
     # A process with threads cannot be forked safely.
     torch.set_num_threads(1)
@@ -50,21 +45,24 @@ def tune(folder: Path | None, cancel_at: int = -1, pace: float = 0.0) -> Any:
         latents = torch.randn(2, 4, 8, 8, generator=generator)
         conditioning = [[torch.randn(1, 7, host.context_width(model), generator=generator), {}]]
         settings = TuneSettings(steps=STEPS, learning_rate=1e-3, warmup_steps=5)
-        return one_shot_tune(
-            model, latents, conditioning, settings, on_step=on_step, checkpoints=folder, checkpoint_interval=0.0
-        )
+        with trainer_of(model, latents, conditioning, settings) as trainer:
+            with steps_of(trainer, folder, interval=0.0) as steps:
+                for step in steps:
+                    time.sleep(pace)
+                    if step.number == cancel_after:
+                        raise KeyboardInterrupt
+            return result_of(trainer)
 
 
 def same(ours: Any, theirs: Any) -> bool:
     """Tell whether two runs ended with the same bits."""
-    import torch
+    from tuning_runs import assert_same
 
-    (motion, losses), (other, other_losses) = ours, theirs
-    return (
-        losses == other_losses
-        and motion.tensors.keys() == other.tensors.keys()
-        and all(torch.equal(value, other.tensors[key]) for key, value in motion.tensors.items())
-    )
+    try:
+        assert_same(ours, theirs)
+    except AssertionError:
+        return False
+    return True
 
 
 def visible_but_broken(folder: Path) -> list[str]:
@@ -116,11 +114,11 @@ def killed(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
 def cancelled(rng: random.Random, undisturbed: Any) -> tuple[int, list[str]]:
     """Cancel a run after one step or several until it finishes. Returns the number of cancels and the complaints."""
     with tempfile.TemporaryDirectory() as scratch:
-        cancels, step = 0, rng.randrange(STEPS)
-        while step < STEPS:
+        cancels, step = 0, rng.randint(1, STEPS)
+        while step <= STEPS:
             try:
-                tune(Path(scratch), cancel_at=step)
-                return cancels, ["the step to cancel at was lost"]
+                tune(Path(scratch), cancel_after=step)
+                return cancels, ["the step to cancel after was lost"]
             except KeyboardInterrupt:
                 cancels += 1
             step += rng.randint(1, STEPS // 2)

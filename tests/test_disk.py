@@ -21,7 +21,7 @@ from tune_a_video.tav_core.motion import file as weights
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import one_shot_tune
+from tuning_runs import Result, assert_same, run, trainer_of
 from unets import UNETS, build_model
 
 # Noise, which no encoder makes much smaller: several megabytes.
@@ -76,14 +76,9 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
-def tune(folder: Path | None, **options: Any) -> tuple[Motion, list[float]]:
-    with torch.inference_mode():
-        return one_shot_tune(build_model(UNETS["tiny"]), LATENTS, CONDITIONING, SETTINGS, checkpoints=folder, **options)
-
-
-def assert_same(ours: tuple[Motion, list[float]], theirs: tuple[Motion, list[float]]) -> None:
-    assert ours[1] == theirs[1]
-    assert all(torch.equal(value, theirs[0].tensors[key]) for key, value in ours[0].tensors.items())
+def tune(folder: Path | None, **options: Any) -> Result:
+    with torch.inference_mode(), trainer_of(build_model(UNETS["tiny"]), LATENTS, CONDITIONING, SETTINGS) as trainer:
+        return run(trainer, folder, **options)
 
 
 # --- a real small disk -----------------------------------------------------------------------------------
@@ -125,13 +120,11 @@ def test_a_disk_that_fills_up_while_a_motion_is_written(
 
 def test_a_tuning_on_a_full_disk_says_at_its_start_that_no_state_is_kept(small_disk: Path) -> None:
     said: list[str] = []
-    steps: list[int] = []
-
-    def on_warning(text: str) -> None:
-        said.append(f"{len(steps)}: {text}")
-
     (small_disk / "fill").write_bytes(bytes(900_000))
-    result = tune(small_disk / "runs", on_warning=on_warning, on_step=steps.append, checkpoint_interval=0.0)
+    with torch.inference_mode(), trainer_of(build_model(UNETS["tiny"]), LATENTS, CONDITIONING, SETTINGS) as trainer:
+        result = run(
+            trainer, small_disk / "runs", interval=0.0, warn=lambda text: said.append(f"{trainer.done}: {text}")
+        )
     assert_same(result, tune(None))
     assert re.match(
         r"0: this run's state cannot be kept in .*runs \(0 MiB are left on the disk, .*starts again from the beginning",
@@ -153,7 +146,7 @@ def test_a_disk_that_cannot_be_written_to_is_told_before_anything_runs(
     with pytest.raises(RuntimeError, match="^filename_prefix: the folder cannot be written to. Allow it"):
         nodes.save_video.execute(FRAMES[:1], 8.0, "new/clip", "mp4", 80)
     said = []
-    assert_same(tune(small_disk, on_warning=said.append), tune(None))
+    assert_same(tune(small_disk, warn=said.append), tune(None))
     assert "cannot be kept" in said[0] and "Read-only" in said[0]
 
 

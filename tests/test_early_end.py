@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning import trainer
+from tune_a_video.tav_core.tuning import trainer as tuning
 from tune_a_video.tav_core.tuning.early_stop import stopped_improving_at
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import one_shot_tune
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tuning_runs import Result, assert_same, result_of, run, steps_of, trainer_of
 from unets import UNETS, build_model
-
-Result = tuple[Motion, list[float]]
 
 
 @pytest.fixture(autouse=True)
@@ -34,89 +33,92 @@ def conditioning() -> list[Any]:
     return [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1)), {}]]
 
 
-def tune(steps: int, size: str = "tiny", learning_rate: float = 1e-3, **options: Any) -> Result:
-    prediction = options.pop("prediction", "epsilon")
+def started(
+    steps: int,
+    size: str = "tiny",
+    prediction: str = "epsilon",
+    precision: torch.dtype | None = None,
+    learning_rate: float = 1e-3,
+    patience: int = 0,
+) -> AbstractContextManager[Trainer]:
     model = build_model(UNETS[size], prediction=prediction)
     settings = TuneSettings(steps=steps, learning_rate=learning_rate)
-    return one_shot_tune(model, latents(), conditioning(), settings, **options)
+    return trainer_of(model, latents(), conditioning(), settings, precision, patience=patience)
 
 
-def assert_same(ours: Result, theirs: Result) -> None:
-    assert ours[1] == theirs[1]
-    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
-    assert all(torch.equal(value, theirs[0].tensors[key]) for key, value in ours[0].tensors.items())
+def tune(steps: int, folder: Path | None = None, **options: Any) -> Result:
+    with started(steps, **options) as trainer:
+        return run(trainer, folder)
 
 
 @pytest.mark.parametrize("precision", [None, torch.float16])
 def test_looking_changes_nothing(precision: torch.dtype | None) -> None:
-    seen: list[int] = []
-    looked = tune(5, on_preview=lambda done, clip, made: seen.append(done), preview_every=2, precision=precision)
-    assert seen == [2, 4]
-    assert_same(looked, tune(5, precision=precision))
+    with started(5, precision=precision) as trainer:
+        for step in trainer:
+            if step.number in (2, 4):
+                assert trainer.reconstruct() is not None
+        assert_same(result_of(trainer), tune(5, precision=precision))
 
 
 def test_a_preview_that_there_is_no_memory_for_stops_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scarce(*_: Any) -> None:
-        raise torch.OutOfMemoryError("injected")
+    error: Exception = torch.OutOfMemoryError("injected")
+
+    def fail(*_: Any) -> None:
+        raise error
 
     expected = tune(5)
-    monkeypatch.setattr(trainer, "reconstruct", scarce)
-    assert_same(tune(5, on_preview=scarce, preview_every=2), expected)
-    assert [record.message for record in caplog.records if "no memory for a preview" in record.message] == [
-        f"Tune-A-Video: no memory for a preview after step {done}; tuning continues" for done in (2, 4)
-    ]
+    monkeypatch.setattr(tuning, "reconstruct", fail)
+    with started(5) as trainer:
+        for step in trainer:
+            if step.number in (2, 4):
+                assert trainer.reconstruct() is None
+        assert_same(result_of(trainer), expected)
+        assert [record.message for record in caplog.records if "no memory for a preview" in record.message] == [
+            f"Tune-A-Video: no memory for a preview after step {done}; tuning continues" for done in (2, 4)
+        ]
+        error = RuntimeError("another error")
+        with pytest.raises(RuntimeError, match="^another error$"):
+            trainer.reconstruct()
 
-    def broken(*_: Any) -> None:
-        raise RuntimeError("another error")
 
-    monkeypatch.setattr(trainer, "reconstruct", broken)
-    with pytest.raises(RuntimeError, match="^another error$"):
-        tune(5, on_preview=scarce, preview_every=2)
-
-
-def test_looking_does_not_disturb_a_run_that_goes_on(tmp_path: Path) -> None:
-    def cancel(done: int, clip: Tensor, made: Tensor) -> None:
+def test_looking_does_not_disturb_a_run_that_resumes(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError), started(5) as trainer, steps_of(trainer, tmp_path) as steps:
+        list(islice(steps, 3))
+        trainer.reconstruct()
         raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        tune(5, on_preview=cancel, preview_every=3, checkpoints=tmp_path)
-    taken: list[int] = []
-    looked = tune(5, on_preview=lambda *_: None, preview_every=1, checkpoints=tmp_path, on_step=taken.append)
-    assert taken == [3, 4]
-    assert_same(looked, tune(5))
+    with started(5) as trainer, steps_of(trainer, tmp_path) as steps:
+        assert [step.number for step in steps if trainer.reconstruct() is not None] == [4, 5]
+        assert_same(result_of(trainer), tune(5))
 
 
 @pytest.mark.parametrize(("size", "prediction"), [("tiny", "epsilon"), ("tiny-v", "v")])
 def test_the_clip_is_seen_better_the_longer_it_was_tuned_on(size: str, prediction: str) -> None:
-    errors: dict[int, float] = {}
-
-    def look(done: int, clip: Tensor, made: Tensor) -> None:
-        assert clip.shape == made.shape == (2, 4, 8, 8) and made.isfinite().all()
+    errors = []
+    with started(25, size, prediction, learning_rate=1e-2) as trainer:
+        made_from = trainer.unet.latents
         # The clip of the model's own scale, not of the LATENT's.
-        torch.testing.assert_close(clip, latents() * 0.18215)
-        errors[done] = float((made - clip).norm() / clip.norm())
-
-    tune(25, size, 1e-2, prediction=prediction, on_preview=look, preview_every=5)
-    assert sorted(errors) == [5, 10, 15, 20, 25]
+        torch.testing.assert_close(made_from, latents() * 0.18215)
+        for step in trainer:
+            if step.number % 5 == 0:
+                made = trainer.reconstruct()
+                assert made is not None and made.shape == (2, 4, 8, 8) and made.isfinite().all()
+                errors.append(float((made - made_from).norm() / made_from.norm()))
     # A model of random weights is far from making the clip, but it comes closer.
-    assert list(errors.values()) == sorted(errors.values(), reverse=True) and errors[25] < 0.97 * errors[5], errors
+    assert errors == sorted(errors, reverse=True) and errors[4] < 0.97 * errors[0], errors
 
 
-def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
-    taken: list[int] = []
-    stopped = tune(9, stop=lambda: len(taken) == 4, on_step=taken.append, checkpoints=tmp_path)
-    assert taken == [0, 1, 2, 3]
-    assert_same(stopped, tune(4))
-    # The same inputs once more, and it goes on.
-    whole = tune(9, stop=lambda: False, on_step=taken.append, checkpoints=tmp_path)
-    assert taken == list(range(9))
-    assert_same(whole, tune(9))
-
-
-def test_a_fresh_run_takes_a_step_before_it_can_be_stopped() -> None:
-    assert len(tune(3, stop=lambda: True)[1]) == 1
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path, stop_after: int) -> None:
+    with started(9) as trainer:
+        with steps_of(trainer, tmp_path) as steps:
+            list(islice(steps, stop_after))
+        assert_same(result_of(trainer), tune(stop_after))
+    # With the same inputs once more, it resumes.
+    with started(9) as trainer, steps_of(trainer, tmp_path) as steps:
+        assert [step.number for step in steps] == list(range(stop_after + 1, 10))
+        assert_same(result_of(trainer), tune(9))
 
 
 def test_patience_ends_a_run_at_the_same_step_however_it_came_there(tmp_path: Path) -> None:
@@ -126,21 +128,17 @@ def test_patience_ends_a_run_at_the_same_step_however_it_came_there(tmp_path: Pa
     end = len(ended[1])
     over = stopped_improving_at(ended[1], 4)
     assert over is not None and 8 <= over <= end < 60 and end % 5 == 0
-    taken: list[int] = []
-
-    def cancel(step: int) -> None:
-        if step == 2:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        tune(60, checkpoints=tmp_path, on_step=cancel, **arguments)
-    assert_same(tune(60, checkpoints=tmp_path, on_step=taken.append, **arguments), ended)
-    assert taken == list(range(3, end))
-    # Queued again it is over already; without patience it goes on; and what went on is no use to one with patience.
-    assert_same(tune(60, checkpoints=tmp_path, on_step=taken.append, **arguments), ended)
-    assert len(taken) == end - 3
-    tune(60, learning_rate=1e-8, checkpoints=tmp_path)
-    assert_same(tune(60, checkpoints=tmp_path, **arguments), ended)
+    with pytest.raises(InterruptedError), started(60, **arguments) as trainer, steps_of(trainer, tmp_path) as steps:
+        list(islice(steps, 3))
+        raise InterruptedError
+    # Queued once more it resumes; then it is over already.
+    for expected in (list(range(4, end + 1)), []):
+        with started(60, **arguments) as trainer, steps_of(trainer, tmp_path) as steps:
+            assert [step.number for step in steps] == expected
+            assert_same(result_of(trainer), ended)
+    # Without patience it goes on, and what it then leaves is no use to one with patience.
+    assert len(tune(60, tmp_path, learning_rate=1e-8)[1]) == 60
+    assert_same(tune(60, tmp_path, **arguments), ended)
 
 
 def noisy(means: Any) -> list[float]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
-from tuning_runs import one_shot_tune
+from tuning_runs import Result, assert_same, run, trainer_of
 from unets import UNETS, build_model
 
 NAN, INF = float("nan"), float("inf")
@@ -112,12 +111,10 @@ def test_weights_that_half_precision_cannot_hold_are_no_motion(
         nodes.tune(build_model(UNETS["tiny"]), latent(), conditioning())
 
 
-def in_fp16(steps: int) -> tuple[dict[str, Tensor], list[float]]:
-    settings = TuneSettings(steps=steps, learning_rate=1e-3)
-    motion, losses = one_shot_tune(
-        build_model(UNETS["tiny"]), latent()["samples"], conditioning(), settings, precision=torch.float16
-    )
-    return dict(motion.tensors), losses
+def in_fp16(steps: int) -> Result:
+    model, settings = build_model(UNETS["tiny"]), TuneSettings(steps=steps, learning_rate=1e-3)
+    with trainer_of(model, latent()["samples"], conditioning(), settings, torch.float16) as trainer:
+        return run(trainer)
 
 
 def test_gradients_that_overflow_in_fp16_find_their_scale(
@@ -128,8 +125,7 @@ def test_gradients_that_overflow_in_fp16_find_their_scale(
     motion, losses = in_fp16(16)
     assert "left out, loss or gradient is not finite: steps [1, 2" in caplog.text
     assert "steps [12" not in caplog.text and "tuning ends" not in caplog.text
-    assert all(value.isfinite().all() for value in motion.values()) and all(loss == loss for loss in losses)
-    learnt = [key for key, value in motion.items() if key.endswith("to_out.0.weight") and value.abs().max() > 0]
+    assert all(value.isfinite().all() for value in motion.tensors.values()) and all(loss == loss for loss in losses)
+    learnt = [key for key, value in motion.tensors.items() if key.endswith("to_out.0.weight") and value.abs().max() > 0]
     assert learnt, "no step was taken"
-    again, same_losses = in_fp16(16)
-    assert losses == same_losses and all(torch.equal(value, again[key]) for key, value in motion.items())
+    assert_same((motion, losses), in_fp16(16))

@@ -16,14 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import checkpoint as resume
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import one_shot_tune, trainer_of
+from tuning_runs import Result, assert_same, result_of, steps_of, trainer_of
 from unets import UNETS, build_model
 
 SETTINGS = TuneSettings(steps=5, learning_rate=1e-3, warmup_steps=3)
-Result = tuple[Motion, list[float]]
 
 
 class StoppedError(Exception):
@@ -46,26 +44,19 @@ def conditioning(seed: int = 1) -> list[Any]:
 
 
 def tune(
-    folder: Path | None, stop_at: int = -1, settings: TuneSettings = SETTINGS, **options: Any
+    folder: Path | None, cancel_after: int = 0, interval: float = 60.0, **options: Any
 ) -> tuple[Result, list[int]]:
-    """A run's result and the steps it took; raises StoppedError after a step."""
+    """A run's result and the numbers of the steps it took; raises StoppedError after a step."""
+    inputs = {"latents": latents(), "conditioning": conditioning(), "settings": SETTINGS, **options}
+    model = inputs.pop("model", None) or build_model(UNETS["tiny"])
     taken: list[int] = []
-
-    def on_step(step: int) -> None:
-        taken.append(step)
-        if step == stop_at:
-            raise StoppedError
-
-    model = options.pop("model", None) or build_model(UNETS["tiny"])
-    arguments = {"latents": latents(), "conditioning": conditioning(), **options}
-    return one_shot_tune(model, settings=settings, on_step=on_step, checkpoints=folder, **arguments), taken
-
-
-def assert_same(ours: Result, theirs: Result) -> None:
-    assert ours[1] == theirs[1]
-    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
-    different = [key for key, value in ours[0].tensors.items() if not torch.equal(value, theirs[0].tensors[key])]
-    assert not different
+    with trainer_of(model, **inputs) as trainer:
+        with steps_of(trainer, folder, interval=interval) as steps:
+            for step in steps:
+                taken.append(step.number)
+                if step.number == cancel_after:
+                    raise StoppedError
+        return result_of(trainer), taken
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +70,7 @@ def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that was cancelled after its third step."""
     folder = tmp_path_factory.mktemp("runs")
     with torch.inference_mode(), pytest.raises(StoppedError):
-        tune(folder, stop_at=2)
+        tune(folder, cancel_after=3)
     return folder
 
 
@@ -99,7 +90,7 @@ def test_killed_and_cancelled_runs_end_with_the_weights_of_an_undisturbed_one(co
 def test_a_cancelled_run_goes_on(half_way: Path, tmp_path: Path, undisturbed: Result) -> None:
     copy_of(half_way, tmp_path)
     result, taken = tune(tmp_path)
-    assert taken == [3, 4]
+    assert taken == [4, 5]
     assert_same(result, undisturbed)
     # Nor is a finished one computed again: the host drops results of its cache when memory is short.
     result, taken = tune(tmp_path)
@@ -111,37 +102,35 @@ def test_a_cancelled_run_goes_on(half_way: Path, tmp_path: Path, undisturbed: Re
 def test_half_precision_goes_on_too(tmp_path: Path, options: dict[str, Any]) -> None:
     whole, _ = tune(None, **options)
     with pytest.raises(StoppedError):
-        tune(tmp_path, stop_at=1, **options)
+        tune(tmp_path, cancel_after=2, **options)
     result, taken = tune(tmp_path, **options)
-    assert taken == [2, 3, 4]
+    assert taken == [3, 4, 5]
     assert_same(result, whole)
 
 
 def test_a_run_that_goes_on_from_a_motion_goes_on(tmp_path: Path, undisturbed: Result) -> None:
     settings = replace(SETTINGS, train_scope="middle and up")
-    whole, _ = tune(None, settings=settings, motion=undisturbed[0])
+    whole, _ = tune(None, settings=settings, start=undisturbed[0])
     with pytest.raises(StoppedError):
-        tune(tmp_path, stop_at=3, settings=settings, motion=undisturbed[0])
-    result, taken = tune(tmp_path, settings=settings, motion=undisturbed[0])
-    assert taken == [4]
+        tune(tmp_path, cancel_after=4, settings=settings, start=undisturbed[0])
+    result, taken = tune(tmp_path, settings=settings, start=undisturbed[0])
+    assert taken == [5]
     assert_same(result, whole)
 
 
 def test_stopped_within_an_update_it_goes_on_from_before(
     tmp_path: Path, undisturbed: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def in_update(*_: object) -> None:
+        raise StoppedError
+
     with trainer_of(build_model(UNETS["tiny"]), latents(), conditioning(), SETTINGS) as trainer:
-
-        def in_update(*_: object) -> None:
-            raise StoppedError
-
-        with pytest.raises(StoppedError), resume.Checkpoint(tmp_path, trainer, interval=0.0) as run:
-            for step in trainer:
-                run.save_if_due()
+        with pytest.raises(StoppedError), steps_of(trainer, tmp_path, interval=0.0) as steps:
+            for step in steps:
                 if step.number == 3:
                     monkeypatch.setattr(trainer.optimizer, "step", in_update)
     result, taken = tune(tmp_path)
-    assert taken == [3, 4]
+    assert taken == [4, 5]
     assert_same(result, undisturbed)
 
 
@@ -173,7 +162,7 @@ def test_a_run_with_other_inputs_is_another_run(
 ) -> None:
     copy_of(half_way, tmp_path)
     with pytest.raises(StoppedError):
-        tune(tmp_path, stop_at=0, **other())
+        tune(tmp_path, cancel_after=1, **other())
 
 
 def flip(data: bytes, position: int) -> bytes:
@@ -204,7 +193,7 @@ def test_a_damaged_file_is_left_alone(
     path = copy_of(half_way, tmp_path)
     path.write_bytes(damage(path.read_bytes()))
     result, taken = tune(tmp_path)
-    assert "is damaged" in caplog.text and taken == [0, 1, 2, 3, 4]
+    assert "is damaged" in caplog.text and taken == [1, 2, 3, 4, 5]
     assert_same(result, undisturbed)
 
 
@@ -219,7 +208,7 @@ def test_a_folder_that_cannot_be_written_to_stops_nothing(
     tmp_path: Path, undisturbed: Result, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    result, _ = tune(tmp_path / "file" / "runs", checkpoint_interval=0.0)
+    result, _ = tune(tmp_path / "file" / "runs", interval=0.0)
     assert "cannot be written" in caplog.text
     assert_same(result, undisturbed)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,8 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.motion.file import Motion
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import Draw, one_shot_tune, seeded_draw
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tuning_runs import Draw, Result, assert_same, run, seeded_draw, trainer_of
 from unets import UNETS, build_model
 
 LATENT_SCALE = 0.18215
@@ -38,9 +39,15 @@ def conditioning(model: Any) -> list[Any]:
     return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
 
-def tune(model: Any, steps: int = 3, **options: Any) -> tuple[Motion, list[float]]:
-    settings = {key: options.pop(key) for key in list(options) if key in TuneSettings.__dataclass_fields__}
-    return one_shot_tune(model, clip(), conditioning(model), TuneSettings(steps=steps, **settings), **options)
+def started(
+    model: Any, steps: int = 3, precision: torch.dtype | None = None, start: Any = None, **settings: Any
+) -> AbstractContextManager[Trainer]:
+    return trainer_of(model, clip(), conditioning(model), TuneSettings(steps, **settings), precision, start=start)
+
+
+def tune(model: Any, *args: Any, draw: Draw | None = None, folder: Path | None = None, **options: Any) -> Result:
+    with started(model, *args, **options) as trainer:
+        return run(trainer, folder, draw)
 
 
 @pytest.mark.parametrize(("size", "prediction"), [("tiny", "epsilon"), ("tiny-v", "v"), ("tiny-sdxl", "epsilon")])
@@ -62,10 +69,9 @@ def test_half_precision_follows_float32(dtype: torch.dtype) -> None:
 
 def test_same_seed_same_weights() -> None:
     model = build_model(UNETS["tiny"])
-    (first, _), (again, _), (other, _) = tune(model), tune(model), tune(model, seed=1)
-    assert first.tensors.keys() == again.tensors.keys()
-    assert all(torch.equal(value, again.tensors[key]) for key, value in first.tensors.items())
-    assert any(not torch.equal(value, other.tensors[key]) for key, value in first.tensors.items())
+    first, again, other = tune(model), tune(model), tune(model, seed=1)
+    assert_same(first, again)
+    assert any(not torch.equal(value, other[0].tensors[key]) for key, value in first[0].tensors.items())
 
 
 def test_middle_and_up_leaves_the_down_blocks_alone() -> None:
@@ -81,10 +87,10 @@ def test_going_on_starts_where_tuning_stopped() -> None:
         return timestep, noise
 
     motion, losses = tune(model, 8, learning_rate=1e-3, draw=draw)
-    _, more = tune(model, 1, learning_rate=1e-3, draw=draw, motion=motion)
+    _, more = tune(model, 1, learning_rate=1e-3, draw=draw, start=motion)
     assert more[0] < min(losses)
     # The down blocks of a motion stay in it when only the rest is tuned further.
-    further, _ = tune(model, 2, motion=motion, train_scope="middle and up")
+    further, _ = tune(model, 2, start=motion, train_scope="middle and up")
     for key, value in motion.tensors.items():
         same = torch.allclose(further.tensors[key], value, rtol=0, atol=1e-7)
         assert same == (key.startswith("input_blocks") or ".norm_temp." in key), key
@@ -103,8 +109,8 @@ def test_lora_is_part_of_what_is_tuned_on_and_not_of_the_motion() -> None:
     assert plain.tensors.keys() == motion.tensors.keys()
 
 
-@pytest.mark.parametrize("stop_at", [0, 2])
-def test_cancelling_leaves_the_model_as_it_was(stop_at: int) -> None:
+@pytest.mark.parametrize("cancel_after", [1, 3])
+def test_cancelling_leaves_the_model_as_it_was(cancel_after: int) -> None:
     model = build_model(UNETS["tiny"])
     unet = host.unet_of(model)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -112,12 +118,9 @@ def test_cancelling_leaves_the_model_as_it_was(stop_at: int) -> None:
     class CancelledError(Exception):
         pass
 
-    def on_step(step: int) -> None:
-        if step == stop_at:
-            raise CancelledError
-
-    with pytest.raises(CancelledError):
-        tune(model, 5, on_step=on_step)
+    with pytest.raises(CancelledError), started(model, 5) as trainer:
+        list(islice(trainer, cancel_after))
+        raise CancelledError
     assert not any("forward" in module.__dict__ for module in unet.modules())
     assert torch.is_inference_mode_enabled()
     after = unet.state_dict()
@@ -133,18 +136,17 @@ def draws(bad: Callable[[int], bool]) -> Draw:
 
 @pytest.mark.parametrize(("steps", "precision"), [(1, None), (4, torch.bfloat16), (20, None), (60, torch.float16)])
 def test_a_loss_that_was_never_finite_is_an_error(steps: int, precision: torch.dtype | None) -> None:
-    seen: list[int] = []
-    with pytest.raises(RuntimeError, match="stopped being a finite number.*Lower learning_rate"):
-        tune(build_model(UNETS["tiny"]), steps, draw=draws(lambda _: True), precision=precision, on_step=seen.append)
-    assert len(seen) <= 25
+    with started(build_model(UNETS["tiny"]), steps, precision) as trainer:
+        with pytest.raises(RuntimeError, match="stopped being a finite number.*Lower learning_rate"):
+            run(trainer, draw=draws(lambda _: True))
+        assert 0 < trainer.done <= 25
 
 
 def test_a_step_without_a_finite_loss_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = build_model(UNETS["tiny"])
-    expected, losses = tune(model, 4, draw=draws(lambda _: False))
+    expected = tune(model, 4, draw=draws(lambda _: False))
     motion, with_gaps = tune(model, 6, draw=draws(lambda step: step in (0, 3)))
-    assert [loss for loss in with_gaps if loss == loss] == losses
-    assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
+    assert_same((motion, [loss for loss in with_gaps if loss == loss]), expected)
     assert "steps [1, 4]" in caplog.text
 
 
@@ -153,7 +155,7 @@ def test_many_steps_without_a_finite_loss_end_the_run_with_the_last_good_weights
 ) -> None:
     model = build_model(UNETS["tiny"])
     expected, _ = tune(model, 3, draw=draws(lambda _: False))
-    motion, losses = tune(model, 100, draw=draws(lambda step: step >= 3), checkpoints=tmp_path)
+    motion, losses = tune(model, 100, draw=draws(lambda step: step >= 3), folder=tmp_path)
     assert len(losses) == 10
     assert all(torch.equal(value, expected.tensors[key]) for key, value in motion.tensors.items())
     assert "not finite after step 3; tuning ends" in caplog.text
@@ -182,7 +184,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.Monke
 def test_a_motion_of_another_model_is_refused() -> None:
     motion, _ = tune(build_model(UNETS["tiny-sdxl"]), 1)
     with pytest.raises(ValueError, match="has no place in this model|does not fit the model"):
-        tune(build_model(UNETS["tiny"]), motion=motion)
+        tune(build_model(UNETS["tiny"]), start=motion)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -81,7 +81,7 @@ class Checkpoint:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self._file is None:
             return
-        if kind is None and self._trainer.diverged:
+        if self._trainer.diverged:
             self._file.path.unlink(missing_ok=True)
         elif self._trainer.is_consistent:
             self._write()

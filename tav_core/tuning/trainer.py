@@ -137,6 +137,7 @@ class Trainer:
         x0, alpha_bar = self.unet.latents, self._alpha_bars[timestep]
         noise = to_device(noise, x0)
         during = f"in step {self.done + 1}"
+        _ = self.plan  # made before the attempts, so that its probes are neither a failed step nor part of the peak
 
         def attempt() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)

@@ -14,10 +14,11 @@ from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.checkpoint import Checkpoint
 from tune_a_video.tav_core.tuning.memory_plan import Level, Plan
-from tune_a_video.tav_core.tuning.trainer import PAPER, Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.trainer import PAPER, Trainer, TuneSettings, TuneStep
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 
 Draw = Callable[[int], tuple[int, Tensor]]
+Result = tuple[Motion, list[float]]
 
 
 @contextmanager
@@ -33,6 +34,53 @@ def trainer_of(
     host.check_motion(model, options.get("start"))
     with training_unet(model, latents, conditioning, precision) as unet:
         yield Trainer(unet, settings, **options)
+
+
+@contextmanager
+def steps_of(
+    trainer: Trainer,
+    folder: Path | None = None,
+    draw: Draw | None = None,
+    interval: float = 60.0,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[Iterator[TuneStep]]:
+    """The steps of a trainer that resumes from ``folder`` and saves there, as the node iterates them.
+
+    ``draw`` gets the number of steps done and gives timestep and noise; without it the trainer draws its own.
+    """
+
+    def given(draw: Draw) -> Iterator[TuneStep]:
+        while not trainer.ended:
+            yield trainer.train_step(*draw(trainer.done))
+
+    with Checkpoint(folder, trainer, warn, interval) as checkpoint:
+
+        def steps() -> Iterator[TuneStep]:
+            for step in trainer if draw is None else given(draw):
+                checkpoint.save_if_due()
+                yield step
+
+        yield steps()
+
+
+def result_of(trainer: Trainer) -> Result:
+    """The motion and the losses."""
+    return trainer.motion(), trainer.losses
+
+
+def run(trainer: Trainer, *args: Any, **options: Any) -> Result:
+    """Take every step that is left, see ``steps_of``; return the motion and the losses."""
+    with steps_of(trainer, *args, **options) as steps:
+        for _ in steps:
+            pass
+    return result_of(trainer)
+
+
+def assert_same(ours: Result, theirs: Result) -> None:
+    """Assert that two runs ended with the same bits."""
+    assert ours[1] == theirs[1]
+    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
+    assert not [key for key, value in ours[0].tensors.items() if not torch.equal(value, theirs[0].tensors[key])]
 
 
 def seeded_draw(latents: Tensor, train_steps: int, seed: int) -> Draw:
