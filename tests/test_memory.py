@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,14 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import memory_probe, recompute
 from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Level, Plan, UnitCost, make_plan, peak
 from tune_a_video.tav_core.tuning.trainable import TrainScope
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
-from tuning_runs import one_shot_tune
+from tuning_runs import Result, assert_same, run, trainer_of
 from unets import UNETS, build_model
 
 COST = st.builds(
@@ -33,15 +33,24 @@ COSTS = st.lists(COST, min_size=1, max_size=12).map(lambda costs: {str(i): cost 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def tune(
-    model: Any, frames: int = 3, side: int = 8, scope: TrainScope = "all", **options: Any
-) -> tuple[Motion, list[float]]:
+@contextmanager
+def tuning(
+    model: Any, frames: int = 3, side: int = 8, scope: TrainScope = "all", level: Level | None = None, **options: Any
+) -> Iterator[Trainer]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(frames, 4, side, side, generator=generator)
     pooled = {"pooled_output": torch.randn(1, 1280, generator=generator)}
     cond = [[torch.randn(1, 7, host.context_width(model), generator=generator), pooled]]
     settings = TuneSettings(steps=3, learning_rate=1e-3, train_scope=scope)
-    return one_shot_tune(model, latents, cond, settings, Inflation(), **options)
+    with trainer_of(model, latents, cond, settings, **options) as trainer:
+        if level is not None:
+            trainer.plan = Plan.all_at(trainer.costs, level)
+        yield trainer
+
+
+def tune(model: Any, **options: Any) -> Result:
+    with tuning(model, **options) as trainer:
+        return run(trainer)
 
 
 @patient
@@ -101,21 +110,20 @@ def test_the_worst_moment_is_found_by_hand() -> None:
 @pytest.mark.parametrize("scope", ["all", "middle and up"])
 def test_recomputing_learns_the_same(scope: TrainScope, level: Level) -> None:
     model = build_model(UNETS["tiny-sdxl"])
-    (kept, losses), (recomputed, again) = (tune(model, scope=scope, level=each) for each in ("keep", level))
-    assert losses == again
-    assert all(torch.equal(value, recomputed.tensors[key]) for key, value in kept.tensors.items())
+    assert_same(tune(model, scope=scope, level="keep"), tune(model, scope=scope, level=level))
 
 
 def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on PyTorch 2.4."""
-    model, plans = build_model(UNETS["tiny"]), []
-    kept, _ = tune(model, level="keep")
+    model = build_model(UNETS["tiny"])
+    kept = tune(model, level="keep")
     monkeypatch.setattr(recompute, "CheckpointPolicy", None)
-    motion, _ = tune(model, level="selective", on_plan=plans.append)
-    assert all(torch.equal(value, motion.tensors[key]) for key, value in kept.tensors.items())
-    tune(model, budget=plans[0].bytes / 2, on_plan=plans.append)
-    assert set(plans[0].levels.values()) == {"keep"}
-    assert "recompute" in plans[1].levels.values() and "selective" not in plans[1].levels.values()
+    with tuning(model, level="selective") as trainer:
+        assert_same(run(trainer), kept)
+        assert set(trainer.plan.levels.values()) == {"keep"}
+    with tuning(model, memory_budget=trainer.plan.bytes / 2) as trainer:
+        assert_same(run(trainer), kept)
+        assert trainer.plan.count("recompute") and not trainer.plan.count("selective")
 
 
 @pytest.mark.skipif(recompute.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
@@ -128,68 +136,51 @@ def test_at_the_selective_level_no_attention_runs_twice() -> None:
 
 
 @pytest.mark.parametrize("scope", ["all", "middle and up"])
-def test_saved_bytes_are_predicted_from_the_probes(scope: TrainScope, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_bytes_are_predicted_from_the_probes(scope: TrainScope) -> None:
     """Against what autograd really saves in a step of the asked size."""
-    predicted: dict[str, UnitCost] = {}
-    counted: dict[str, int] = {}
-    measure, backward = memory_probe.measure, TrainingUNet.predict
-
-    def spy_measure(*args: Any) -> dict[str, UnitCost]:
-        predicted.update(measure(*args))
-        return predicted
-
-    def spy_predict(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
-        if len(noisy) != 5 or counted:
-            return backward(self, noisy, timestep)
-        with memory_probe._counting(self.module) as found:
-            out = backward(self, noisy, timestep)
-        counted.update({path: unit.saved for path, unit in found.items()})
-        return out
-
-    monkeypatch.setattr(memory_probe, "measure", spy_measure)
-    monkeypatch.setattr(TrainingUNet, "predict", spy_predict)
-    tune(build_model(UNETS["tiny"]), frames=5, side=24, scope=scope, budget=math.inf)
+    with tuning(build_model(UNETS["tiny"]), frames=5, side=24, scope=scope, memory_budget=math.inf) as trainer:
+        predicted = trainer.costs
+        with memory_probe._counting(trainer.unet.module) as counted:
+            trainer.backward(*trainer.draw())
     assert set(predicted) and set(predicted) <= set(counted)
     for path, cost in predicted.items():
         # The few percent are weights that autograd saves too; they don't grow with the clip.
-        assert counted[path] == pytest.approx(cost.saved, rel=0.05), path
+        assert counted[path].saved == pytest.approx(cost.saved, rel=0.05), path
     if scope == "middle and up":
         assert not any(path.startswith("input_blocks") for path in predicted)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """Have the next ``times`` forward passes run out of memory."""
+    forward = TrainingUNet.predict
+
+    def scarce(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise torch.OutOfMemoryError("injected")
+        return forward(self, noisy, timestep)
+
+    monkeypatch.setattr(TrainingUNet, "predict", scarce)
 
 
 def test_running_out_of_memory_repeats_the_step_with_a_smaller_plan(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build_model(UNETS["tiny"])
-    expected, expected_losses = tune(model)
-    calls = 0
-    forward = TrainingUNet.predict
-
-    def scarce(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls in (5, 6):  # the second step, twice; the first three calls are the probes
-            raise torch.OutOfMemoryError("injected")
-        return forward(self, noisy, timestep)
-
-    monkeypatch.setattr(TrainingUNet, "predict", scarce)
-    motion, losses = tune(model, budget=1e12)
-    assert losses == expected_losses
-    assert all(torch.equal(value, motion.tensors[key]) for key, value in expected.tensors.items())
+    expected = tune(model)
+    with tuning(model, memory_budget=1e12) as trainer:
+        next(iter(trainer))
+        first = trainer.plan
+        fail(monkeypatch, times=2)
+        assert_same(run(trainer), expected)
+        assert trainer.plan.bytes < first.bytes
     assert sum("out of memory in step 2" in record.message for record in caplog.records) == 2
 
 
 def test_no_memory_even_with_everything_recomputed_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-    forward = TrainingUNet.predict
-
-    def none_left(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 3:  # those were the probes
-            raise torch.OutOfMemoryError("injected")
-        return forward(self, noisy, timestep)
-
-    monkeypatch.setattr(TrainingUNet, "predict", none_left)
-    with pytest.raises(RuntimeError, match="out of memory, although.*fewer frames or a smaller size"):
-        tune(build_model(UNETS["tiny"]))
+    with tuning(build_model(UNETS["tiny"])) as trainer:
+        assert trainer.plan.levels  # probed while there was memory
+        fail(monkeypatch, times=math.inf)
+        with pytest.raises(RuntimeError, match="out of memory, although.*fewer frames or a smaller size"):
+            next(iter(trainer))

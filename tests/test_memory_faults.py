@@ -12,7 +12,7 @@ import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import host, out_of_memory, schedule
+from tune_a_video.tav_core.host import inflated_model
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.invert import ddim_invert
 from tune_a_video.tav_core.media import decode, encode, pictures
@@ -35,10 +36,10 @@ from tune_a_video.tav_core.motion import low_rank
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.out_of_memory import OutOfMemoryError, is_out_of_memory
 from tune_a_video.tav_core.sample import ddim_sample
-from tune_a_video.tav_core.tuning import checkpoint as resume
-from tune_a_video.tav_core.tuning import memory_plan as memory
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import one_shot_tune
+from tune_a_video.tav_core.tuning import checkpoint, memory_probe
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
+from tuning_runs import Result, run, trainer_of
 from unets import UNETS, build_model
 
 # What PyTorch, NumPy and the system really say.
@@ -117,8 +118,13 @@ def unharmed(model: Any) -> Iterator[None]:
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
-def tune(model: Any, **options: Any) -> tuple[Motion, list[float]]:
-    return one_shot_tune(model, LATENTS, CONDITIONING, SETTINGS, **options)
+def tuning(model: Any) -> AbstractContextManager[Trainer]:
+    return trainer_of(model, LATENTS, CONDITIONING, SETTINGS)
+
+
+def tune(model: Any, folder: Path | None = None) -> Result:
+    with tuning(model) as trainer:
+        return run(trainer, folder)
 
 
 def walk(sampler: Callable[..., Tensor], model: Any, start: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def walk(sampler: Callable[..., Tensor], model: Any, start: Tensor) -> Tensor:
     return host.run_sampler(model, sampler, sigmas, (CONDITIONING, CONDITIONING), 3.0, start)
 
 
-def tensors_of(result: tuple[Motion, list[float]]) -> list[Tensor]:
+def tensors_of(result: Result) -> list[Tensor]:
     motion, losses = result
     return [*(motion.tensors[key] for key in sorted(motion.tensors)), torch.tensor(losses)]
 
@@ -206,13 +212,13 @@ def failing(error: Callable[[], Exception]) -> Callable[..., Any]:
 IN_TUNING = [
     (comfy.model_management, "load_models_gpu"),
     (comfy.sampler_helpers, "convert_cond"),
-    (memory, "measure"),
-    (host.TrainingUNet, "predict"),
+    (memory_probe, "measure"),
+    (TrainingUNet, "predict"),
     (Tensor, "backward"),
     (torch.nn.utils, "clip_grad_norm_"),
     (torch.optim.AdamW, "step"),
-    (host.TrainingUNet, "weight"),
-    (resume, "fingerprint"),
+    (TrainingUNet, "weight"),
+    (checkpoint, "fingerprint"),
 ]
 
 
@@ -227,9 +233,12 @@ def test_tuning_without_memory_says_so(
     owner: Any, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(UNETS["tiny"])
-    with unharmed(model), monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match=CLEAR):
+    # In all other places, probes among them, no smaller plan was tried.
+    recomputed = f"(?{'=' if name == 'backward' else '!'}.*activations are recomputed)"
+    said = re.compile(recomputed + CLEAR.pattern, re.S)
+    with unharmed(model), monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match=said):
         patch.setattr(owner, name, failing(ERRORS[kind]))
-        tune(model, checkpoints=tmp_path)
+        tune(model, tmp_path)
     assert not list(tmp_path.glob(".*")), "half a file"
 
 
@@ -238,20 +247,17 @@ def test_what_is_learnt_survives_a_step_without_memory(
 ) -> None:
     model = build_model(UNETS["tiny"])
     expected = tensors_of(tune(model))
-    predict, taken = host.TrainingUNet.predict, []
-
-    def first_step_alone(self: host.TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
-        taken.append(timestep)
-        if len(taken) > 4:  # three probes and a step
-            raise error()
-        return predict(self, noisy, timestep)
-
-    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match="fewer frames"):
-        patch.setattr(host.TrainingUNet, "predict", first_step_alone)
-        tune(model, checkpoints=tmp_path)
-    steps: list[int] = []
-    assert same(tensors_of(tune(model, checkpoints=tmp_path, on_step=steps.append)), expected)
-    assert steps == [1]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OutOfMemoryError, match="fewer frames"),
+        tuning(model) as trainer,
+        checkpoint.Checkpoint(tmp_path, trainer),
+    ):
+        for _ in trainer:
+            patch.setattr(TrainingUNet, "predict", failing(error))
+    with tuning(model) as trainer, checkpoint.Checkpoint(tmp_path, trainer):
+        assert trainer.done == 1
+        assert same(tensors_of(run(trainer)), expected)
 
 
 def test_a_state_that_cannot_be_written_for_want_of_memory_stops_nothing(
@@ -259,8 +265,8 @@ def test_a_state_that_cannot_be_written_for_want_of_memory_stops_nothing(
 ) -> None:
     model = build_model(UNETS["tiny"])
     expected = tensors_of(tune(model))
-    monkeypatch.setattr(resume, "write_safetensors", failing(error))
-    assert same(tensors_of(tune(model, checkpoints=tmp_path)), expected)
+    monkeypatch.setattr(checkpoint, "write_safetensors", failing(error))
+    assert same(tensors_of(tune(model, tmp_path)), expected)
     assert "cannot be written" in caplog.text
 
 
@@ -269,12 +275,12 @@ def test_a_state_that_cannot_be_read_for_want_of_memory_is_kept(
 ) -> None:
     """It is not damaged: starting anew would write over it."""
     model = build_model(UNETS["tiny"])
-    tune(model, checkpoints=tmp_path)
+    tune(model, tmp_path)
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
-        patch.setattr(resume, "safe_open", failing(lambda: OSError(errno.ENOMEM, "Cannot allocate memory")))
-        tune(model, checkpoints=tmp_path)
+        patch.setattr(checkpoint, "safe_open", failing(lambda: OSError(errno.ENOMEM, "Cannot allocate memory")))
+        tune(model, tmp_path)
     assert path.read_bytes() == before
 
 
@@ -353,7 +359,7 @@ ALLOCATIONS = [
     ("save", ("motion", "out/motion"), weights.safetensors.torch, "save_file"),
     ("load", ("low-rank.safetensors",), low_rank, "draw_temporal"),
     ("load", ("low-rank.safetensors",), weights, "safe_open"),
-    ("inflate", ("model", "sparse-causal", "over frames", 1.0, 1.0, "motion"), host.inflate, "build_temporal"),
+    ("inflate", ("model", "sparse-causal", "over frames", 1.0, 1.0, "motion"), inflated_model, "build_temporal"),
     ("evaluate", (FRAMES, FRAMES), torch.nn.functional, "grid_sample"),
     ("compare", (FRAMES, FRAMES), Image, "new"),
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning import adamw
 from tune_a_video.tav_core.tuning import memory_plan as memory
-from tune_a_video.tav_core.tuning import trainer as tuning
+from tune_a_video.tav_core.tuning import trainer as trainer_module
 from tune_a_video.tav_core.tuning.adamw import AdamW
-from tune_a_video.tav_core.tuning.cast_cache import CastWeightCache
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.checkpoint import Checkpoint
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
-from tuning_runs import one_shot_tune
+from tuning_runs import Result, assert_same, result_of, run, trainer_of
 from unets import UNETS, build_model
 
-Result = tuple[Motion, list[float]]
 
-
-def tune(model: Any = None, steps: int = 4, **options: Any) -> Result:
+@contextmanager
+def tuning(model: Any = None, steps: int = 4, **options: Any) -> Iterator[Trainer]:
     model = model or build_model(UNETS["tiny"])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     cond = [[torch.randn(1, 7, host.context_width(model), generator=generator), {}]]
-    return one_shot_tune(model, latents, cond, TuneSettings(steps=steps, learning_rate=1e-3), Inflation(), **options)
+    with trainer_of(model, latents, cond, TuneSettings(steps=steps, learning_rate=1e-3), **options) as trainer:
+        yield trainer
 
 
-def assert_same(ours: Result, theirs: Result) -> None:
-    assert ours[1] == theirs[1]
-    assert ours[0].tensors.keys() == theirs[0].tensors.keys()
-    assert not [key for key, value in ours[0].tensors.items() if not torch.equal(value, theirs[0].tensors[key])]
+def tune(**options: Any) -> Result:
+    with tuning(**options) as trainer:
+        return run(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def undisturbed() -> Result:
 @pytest.fixture
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a device beside RAM: what is copied there and back is copied, and decisions are a card's."""
-    monkeypatch.setattr(tuning, "_has_own_memory", lambda device: True)
+    monkeypatch.setattr(trainer_module, "_has_own_memory", lambda device: True)
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------
@@ -180,33 +179,25 @@ def test_moments_leave_only_where_nothing_fits_beside_them() -> None:
     hopeless = memory.make_plan(costs, least - 1, moments=40)
     assert hopeless.offload and hopeless.smallest and not hopeless.fits
     assert "moments in RAM" in str(offloaded) and "RAM" not in str(fitting)
+    assert memory.make_plan({}, 0).bytes == 0
 
 
 def test_a_budget_too_small_for_the_moments_offloads_them(
     as_on_a_card: None, undisturbed: Result, tmp_path: Path
 ) -> None:
-    plans: list[memory.Plan] = []
-    assert_same(tune(budget=math.inf, on_plan=plans.append), undisturbed)
-    least = memory.make_plan({}, 0)
-    assert not plans[0].offload and least.bytes == 0
-    assert_same(tune(budget=1.0, on_plan=plans.append), undisturbed)
-    assert plans[1].offload and plans[1].smallest
-
-    class StoppedError(Exception):
-        pass
-
-    def stop(step: int) -> None:
-        if step == 1:
-            raise StoppedError
-
-    # Cut off with moments in RAM and gone on with them there, and with them on the device.
-    for second in (1.0, math.inf):
-        folder = tmp_path / str(second)
-        with pytest.raises(StoppedError):
-            tune(budget=1.0, on_step=stop, checkpoints=folder)
-        taken: list[int] = []
-        assert_same(tune(budget=second, on_step=taken.append, checkpoints=folder), undisturbed)
-        assert taken == [2, 3]
+    for budget in (math.inf, 1.0):
+        with tuning(memory_budget=budget) as trainer:
+            assert_same(run(trainer), undisturbed)
+            assert trainer.plan.offload == trainer.plan.smallest == trainer.optimizer.offloaded == (budget == 1.0)
+    # Cut off with moments in RAM, and resumed with them there and with them on the device.
+    for budget in (1.0, math.inf):
+        folder = tmp_path / str(budget)
+        with tuning(memory_budget=1.0) as trainer, Checkpoint(folder, trainer):
+            assert len(list(islice(trainer, 2))) == 2 and trainer.optimizer.offloaded
+        with tuning(memory_budget=budget) as trainer, Checkpoint(folder, trainer):
+            assert trainer.done == 2
+            assert_same(run(trainer), undisturbed)
+            assert trainer.optimizer.offloaded == (budget == 1.0)
 
 
 # --- out of memory ----------------------------------------------------------------------------------------
@@ -255,7 +246,7 @@ def test_running_out_anywhere_gives_up_memory_and_goes_on(
     # On a device that is RAM no weights can be seen to move: tests/host has that case.
     asked: list[float] = []
     monkeypatch.setattr(host, "offload_weights", lambda model, size: asked.append(size) or 1.0)
-    assert_same(tune(budget=1e12), undisturbed)
+    assert_same(tune(memory_budget=1e12), undisturbed)
     assert scarce.left == 0
     told = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(told) == failures
@@ -269,7 +260,7 @@ def test_running_out_anywhere_gives_up_memory_and_goes_on(
 def test_when_nothing_is_left_to_give_up_it_is_said_so(as_on_a_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_fused_adamw_", Scarce(torch._fused_adamw_, 1, 10**6))
     with pytest.raises(RuntimeError, match="latent: out of memory. Use fewer frames or a smaller size"):
-        tune(budget=1e12)
+        tune(memory_budget=1e12)
 
 
 def test_weights_that_the_host_moves_away_in_mid_run_are_fetched(undisturbed: Result) -> None:
@@ -279,14 +270,11 @@ def test_weights_that_the_host_moves_away_in_mid_run_are_fetched(undisturbed: Re
         model = build_model(UNETS["tiny"])
         key = "diffusion_model.middle_block.0.in_layers.2.weight"
         model.add_patches({key: ("diff", (torch.full((64, 64, 3, 3), 0.01),))})
-        seen: list[float] = []
-
-        def on_step(step: int, model: Any = model, moves: bool = moves, seen: list[float] = seen) -> None:
-            if step == 1 and moves:
-                seen.append(model.partially_unload(model.offload_device, 1e12))
-
-        results.append(tune(model, on_step=on_step))
-        assert bool(seen and seen[0] > 0) == moves
+        with tuning(model) as trainer:
+            for step in trainer:
+                if moves and step.number == 2:
+                    assert model.partially_unload(model.offload_device, 1e12) > 0
+            results.append(result_of(trainer))
     (there, losses), (away, other_losses) = results
     assert losses != undisturbed[1]
     assert other_losses == pytest.approx(losses, rel=1e-5)
@@ -307,20 +295,24 @@ def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPat
         return lent(module, x)
 
     monkeypatch.setattr(host, "lent", spy)
-    plans: list[memory.Plan] = []
-    expected = tune(precision=torch.bfloat16, level="keep", budget=1.0, on_plan=plans.append)
+
+    def with_all_kept(budget: float) -> Result:
+        with tuning(precision=torch.bfloat16, memory_budget=budget) as trainer:
+            trainer.plan = memory.Plan.all_at(trainer.costs, "keep")
+            return run(trainer)
+
+    expected = with_all_kept(1.0)
     anew, conversions = conversions, 0
-    assert_same(tune(precision=torch.bfloat16, level="keep", budget=1e12), expected)
+    assert_same(with_all_kept(1e12), expected)
     # Three probes and one time of four steps, forward and backward.
     assert conversions < anew / 2
     # And given up first when memory turns out to be short.
     predict = Scarce(TrainingUNet.predict, 4)
     monkeypatch.setattr(TrainingUNet, "predict", predict)
-    kept: list[bool] = []
-    drop = CastWeightCache.drop
-    monkeypatch.setattr(CastWeightCache, "drop", lambda self: kept.append(self.keep) or drop(self))
-    assert_same(tune(precision=torch.bfloat16, budget=1e12), expected)
-    assert kept == [True] and predict.left == 0
+    with tuning(precision=torch.bfloat16, memory_budget=1e12) as trainer:
+        assert [trainer.unet.cast_cache.keep for _ in trainer] == [True, False, False, False]
+        assert predict.left == 0 and trainer.plan.count("keep") == len(trainer.plan.levels)
+        assert_same(result_of(trainer), expected)
 
 
 # --- waiting for the device -------------------------------------------------------------------------------
@@ -338,14 +330,11 @@ class _Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_no_step_reads_back_from_the_device(precision: torch.dtype | None, as_on_a_card: None) -> None:
-    reads, counts = _Reads(), []
     timestep, noise = 500, torch.randn(2, 4, 8, 8)
-
-    def on_step(step: int) -> None:
-        if step == 0:
-            reads.__enter__()
-        counts.append(reads.count)
-
-    tune(steps=10, precision=precision, draw=lambda step: (timestep, noise), on_step=on_step)
-    reads.__exit__(None, None, None)
-    assert counts == [0] * 10
+    with tuning(steps=10, precision=precision) as trainer:
+        trainer.train_step(timestep, noise)
+        with _Reads() as reads:
+            while not trainer.ended:
+                trainer.train_step(timestep, noise)
+                assert not reads.count, f"step {trainer.done}"
+        assert trainer.done == 10
