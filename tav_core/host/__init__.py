@@ -14,7 +14,7 @@ from .inflated_model import (
     without_inflation,
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
-from .lend import WeightAndBias, lent
+from .lend import WeightAndBias, lent, resident_dtype
 from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
 from .model import (
     Conditioning,
@@ -30,6 +30,7 @@ from .model import (
     unet_of,
 )
 from .sampling import StepCallback, paste_masked, run_sampler
+from .stored import stored_tensors
 from .training import UNetConditions, latents_in, load_for_training, unet_conditions
 
 __all__ = [
@@ -63,8 +64,10 @@ __all__ = [
     "put_models_aside",
     "query_shapes",
     "release_cached_memory",
+    "resident_dtype",
     "run_sampler",
     "sigma_table",
+    "stored_tensors",
     "text_embedding",
     "unet_conditions",
     "unet_of",

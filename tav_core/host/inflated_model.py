@@ -20,10 +20,10 @@ from ..motion.file import Motion, check_fits
 from ..temporal import TemporalLayer, build_temporal, temporal_layers
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
+from .stored import UNET_PREFIX
 from .windows import FirstFrameCache, for_frames
 
 _KEY = "tune-a-video"
-_UNET_PREFIX = "diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,22 @@ def inflate_model(
     inflated: Any = without_inflation(model)
     layers: dict[str, TemporalLayer] = {}
     if motion is not None:
-        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
+        patches = {UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
         inflated.add_patches(patches, query_strength)
         root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(inflated))
         layers = temporal_layers(root)
         if layers and hasattr(inflated, "set_additional_models"):
-            patcher = comfy.model_patcher.ModelPatcher(root, inflated.load_device, inflated.offload_device)
+            patcher = _patcher_class()(root, inflated.load_device, inflated.offload_device)
             inflated.set_additional_models(_KEY, [patcher])
     _wrap(inflated, inflation, layers)
     if hasattr(inflated, "set_attachments"):
         inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
     return inflated
+
+
+def _patcher_class() -> Any:
+    """Return the class of the host's own loaders: one that loads weights as they are used, where that is on."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
 def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
@@ -151,7 +156,7 @@ def without_inflation(model: ModelPatcher) -> Any:
     deltas = record.deltas()
     ours = {id(delta) for delta in deltas.values()}
     for path in deltas:
-        key = _UNET_PREFIX + path
+        key = UNET_PREFIX + path
         others = [patch for patch in clone.patches.get(key, []) if not _holds(patch, ours)]
         if others:
             clone.patches[key] = others

@@ -34,3 +34,11 @@ def lent(layer: torch.nn.Module, x: Tensor) -> Iterator[WeightAndBias]:
             comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     else:
         yield comfy.ops.cast_bias_weight(layer, x)
+
+
+def resident_dtype(layer: torch.nn.Module, device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which a layer's weight lies on the device; None where the host keeps it elsewhere."""
+    weight: Any = layer.weight
+    if hasattr(layer, "_v"):  # dynamic VRAM: the weight itself stays in RAM, its page has the model's dtype
+        return getattr(weight, "_model_dtype", weight.dtype)
+    return weight.dtype if isinstance(weight, Tensor) and weight.device == device else None

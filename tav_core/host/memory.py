@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
-import torch
 
 from .model import ModelPatcher
 
 
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that can still be allocated on a device."""
-    return float(comfy.model_management.get_free_memory(device))
+def free_memory(model: ModelPatcher) -> float:
+    """Return the bytes that can be allocated on a MODEL's device.
+
+    On hosts with dynamic VRAM the weights of other models count, since an allocation evicts them. The model's own do
+    not: every step needs them.
+    """
+    device: Any = model.load_device
+    free = float(comfy.model_management.get_free_memory(device))
+    if not hasattr(model, "get_free_memory"):
+        return free
+    own = model.loaded_size() if model.is_dynamic() else 0
+    return max(free, float(model.get_free_memory(device)) - own)
 
 
 def offload_weights(model: ModelPatcher, size: float) -> float:

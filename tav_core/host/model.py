@@ -23,6 +23,7 @@ class ModelPatcher(Protocol):
     model: Any
     model_options: dict[str, Any]
     patches: dict[str, list[tuple[Any, ...]]]
+    backup: dict[str, Any]
     load_device: torch.device
     offload_device: torch.device
 
@@ -34,6 +35,12 @@ class ModelPatcher(Protocol):
 
     def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0) -> Any:
         """Add weight patches by state-dict key."""
+
+    def is_dynamic(self) -> bool:
+        """Say whether weights are loaded as they are used (hosts with dynamic VRAM alone have this)."""
+
+    def get_free_memory(self, device: Any) -> float:
+        """Return free bytes, evictable weights included (hosts with dynamic VRAM alone have this)."""
 
     def memory_required(self, input_shape: Any) -> float:
         """Return the host's estimate of an evaluation's memory in bytes."""

@@ -24,8 +24,8 @@ class CastWeightCache:
         self._kept: dict[torch.nn.Module, host.WeightAndBias] = {}
 
     def _is_converted(self, layer: torch.nn.Module) -> bool:
-        weight = layer.weight
-        return isinstance(weight, Tensor) and weight.dtype != self._dtype and weight.device == self._device
+        stored = host.resident_dtype(layer, self._device)
+        return stored is not None and stored != self._dtype
 
     @property
     def bytes(self) -> int:
@@ -41,6 +41,8 @@ class CastWeightCache:
             return
         with host.lent(layer, x) as (weight, bias):
             if self.keep and x.dtype == self._dtype and self._is_converted(layer):
+                # A clone, since the host may lend its own buffer, and fill it with something else afterwards.
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
                 self._kept[layer] = weight, bias
             yield weight, bias
 
