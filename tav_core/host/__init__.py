@@ -14,7 +14,7 @@ from .inflated_model import (
     without_inflation,
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
-from .lend import WeightAndBias, lent, resident_dtype
+from .lend import WeightAndBias, check_lending, lent, resident_dtype
 from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
 from .model import (
     Conditioning,
@@ -30,7 +30,7 @@ from .model import (
     unet_of,
 )
 from .sampling import StepCallback, paste_masked, run_sampler
-from .stored import stored_tensors
+from .stored import is_coarse, stored_tensors, weight_shape
 from .training import UNetConditions, latents_in, load_for_training, unet_conditions
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "carried_motion",
     "check_conditioning",
     "check_latent",
+    "check_lending",
     "check_model",
     "check_motion",
     "check_prediction",
@@ -54,6 +55,7 @@ __all__ = [
     "inference_dtype",
     "inflate_model",
     "inflation_of",
+    "is_coarse",
     "latents_in",
     "lent",
     "load_for_training",
@@ -71,6 +73,7 @@ __all__ = [
     "text_embedding",
     "unet_conditions",
     "unet_of",
+    "weight_shape",
     "weights_on_device",
     "without_inflation",
 ]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inflate import Inflation, Layout, inflated_forwards, swapped
+from ..inflate import Forward, Inflation, Layout, inflated_forwards, swapped
 from ..motion.file import Motion, check_fits
-from ..temporal import TemporalLayer, build_temporal, temporal_layers
+from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
-from .stored import UNET_PREFIX
+from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames
 
 _KEY = "tune-a-video"
@@ -35,7 +35,7 @@ class InflationRecord:
     query_strength: float
 
     def deltas(self) -> dict[str, Tensor]:
-        """Return the very tensors that went into weight patches, by the path of their weight."""
+        """Return the tensors of query deltas, by the path of their weight: weight patches hold these very objects."""
         return {} if self.motion is None else self.motion.query_deltas()
 
 
@@ -77,22 +77,26 @@ def inflate_model(
     """Return a clone of a MODEL that sees its batch as frames of video; replaces an inflation it carries already.
 
     ``motion``: tuned weights; their query deltas are weight patches of ``query_strength``, which stack with
-    LoRAs in any order. The loaded model itself is not touched. Raises ValueError for models and motions that
-    don't fit.
+    LoRAs in any order. Where a weight is stored in 8 bits, its delta is applied in the layer's forward instead: a patch
+    would be rounded away. The loaded model itself is not touched. Raises ValueError for models and motions that don't
+    fit.
     """
     unet = unet_of(model)
     check_motion(model, motion)
     inflated: Any = without_inflation(model)
-    layers: dict[str, TemporalLayer] = {}
+    root = torch.nn.Module()
     if motion is not None:
-        patches = {UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
+        deltas = motion.query_deltas()
+        coarse = {path for path in deltas if is_coarse(unet.get_submodule(path.removesuffix(".weight")))}
+        patches = {UNET_PREFIX + path: ("diff", (delta,)) for path, delta in deltas.items() if path not in coarse}
         inflated.add_patches(patches, query_strength)
-        root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(inflated))
-        layers = temporal_layers(root)
-        if layers and hasattr(inflated, "set_additional_models"):
+        dtype = inference_dtype(inflated)
+        root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, dtype)
+        add_queries(root, {path: deltas[path] for path in coarse}, comfy.ops.manual_cast, dtype)
+        if len(root._modules) and hasattr(inflated, "set_additional_models"):
             patcher = _patcher_class()(root, inflated.load_device, inflated.offload_device)
             inflated.set_additional_models(_KEY, [patcher])
-    _wrap(inflated, inflation, layers)
+    _wrap(inflated, inflation, root, query_strength)
     if hasattr(inflated, "set_attachments"):
         inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
     return inflated
@@ -103,8 +107,24 @@ def _patcher_class() -> Any:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
-def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
-    """Have every evaluation of the model run inflated."""
+def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
+    """Return a forward for a query projection whose stored weight is too coarse for a patch."""
+    if "forward" in vars(query):  # another pack's: what it computes is kept
+        original = query.forward
+        return lambda x: torch.add(original(x), delta(x), alpha=strength)
+
+    def forward(x: Tensor) -> Tensor:
+        # As in training: the sum is made in float32, and the input is not quantised on hardware that would do so.
+        exact = x.new_empty(0, dtype=torch.float32)
+        with lent(query, exact) as (weight, bias), lent(delta, exact) as (change, _):
+            tuned = torch.add(weight, change, alpha=strength).to(x.dtype)
+            return torch.nn.functional.linear(x, tuned, None if bias is None else bias.to(x.dtype))
+
+    return forward
+
+
+def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
+    """Have every evaluation of the model run inflated, with the layers in ``root``."""
     first_frames = FirstFrameCache()
 
     @contextmanager
@@ -115,7 +135,11 @@ def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer])
         layout = Layout(frames=rows // chunks, chunks=chunks)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
-        with swapped(inflated_forwards(unet, inflation, layers, layout, _HostBackend(), first)):
+        swaps = inflated_forwards(unet, inflation, temporal_layers(root), layout, _HostBackend(), first)
+        for path, delta in query_layers(root).items():
+            query = unet.get_submodule(path)
+            swaps.append((query, _with_delta(query, delta, query_strength)))
+        with swapped(swaps):
             yield
 
     if hasattr(model, "add_wrapper_with_key"):

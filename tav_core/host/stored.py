@@ -1,4 +1,4 @@
-"""Read what a MODEL's weights are stored as, and name it: for fingerprints, and where rounding matters."""
+"""Read what a MODEL's weights are stored as: for fingerprints, and to tell which are quantised."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ def stored_tensors(model: ModelPatcher) -> Iterator[tuple[str, Tensor]]:
     for key, patches in sorted(model.patches.items()):
         if key.startswith(UNET_PREFIX):
             yield from _tensors(f"patches of {key}", patches)
+
+
+def weight_shape(layer: Any) -> tuple[int, ...] | None:
+    """Return the shape of a linear layer's or 2-D convolution's weight as it is used, None for other modules.
+
+    Quantised layers need not be subclasses of torch's, nor their weights have this shape.
+    """
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    kernel = getattr(layer, "kernel_size", None)
+    if hasattr(layer, "in_channels") and isinstance(kernel, tuple) and len(kernel) == 2:
+        return layer.out_channels, layer.in_channels // layer.groups, *kernel
+    return None
+
+
+def is_coarse(layer: Any) -> bool:
+    """Say whether a layer's weight is stored in 8 bits or fewer: a small change of it would be rounded away."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and (is_traceable_wrapper_subclass(weight) or weight.dtype.itemsize < 2)
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,8 +31,8 @@ class CastWeightCache:
     @property
     def bytes(self) -> int:
         """Return the bytes that all converted weights take, kept or not."""
-        layers = (m for m in self._unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
-        return sum(m.weight.numel() * self._dtype.itemsize for m in layers if self._is_converted(m))
+        layers = ((m, host.weight_shape(m)) for m in self._unet.modules())
+        return sum(math.prod(shape) * self._dtype.itemsize for m, shape in layers if shape and self._is_converted(m))
 
     @contextmanager
     def lent(self, layer: torch.nn.Module, x: Tensor) -> Iterator[host.WeightAndBias]:

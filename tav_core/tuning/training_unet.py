@@ -107,6 +107,7 @@ def training_unet(
         with torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)
             module = host.unet_of(model)
+            host.check_lending(module, model.load_device, dtype)
             yield TrainingUNet(
                 model=model,
                 module=module,
