@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -24,6 +25,8 @@ from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames
 
 _KEY = "tune-a-video"
+# WrappersMP's names; hosts before them have no such module.
+_WRAPPED = ("apply_model", "predict_noise", "outer_sample")
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,53 @@ def inflate_model(
     root = torch.nn.Module()
     if motion is not None:
         deltas = motion.query_deltas()
-        coarse = {path for path in deltas if is_coarse(unet.get_submodule(path.removesuffix(".weight")))}
-        patches = {UNET_PREFIX + path: ("diff", (delta,)) for path, delta in deltas.items() if path not in coarse}
+        coarse = {k: v for k, v in deltas.items() if is_coarse(unet.get_submodule(k.removesuffix(".weight")))}
+        patches = {UNET_PREFIX + k: ("diff", (delta,)) for k, delta in deltas.items() if k not in coarse}
         inflated.add_patches(patches, query_strength)
-        dtype = inference_dtype(inflated)
-        root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, dtype)
-        add_queries(root, {path: deltas[path] for path in coarse}, comfy.ops.manual_cast, dtype)
+        build = partial(_added_layers, unet, motion.temporal(), coarse, inference_dtype(inflated))
+        root = build()
         if len(root._modules) and hasattr(inflated, "set_additional_models"):
-            patcher = _patcher_class()(root, inflated.load_device, inflated.offload_device)
-            inflated.set_additional_models(_KEY, [patcher])
+            inflated.set_additional_models(_KEY, [_patcher(build, root, inflated)])
     _wrap(inflated, inflation, root, query_strength)
     if hasattr(inflated, "set_attachments"):
         inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
     return inflated
 
 
+def _added_layers(
+    unet: torch.nn.Module, temporal: Mapping[str, Tensor], coarse: Mapping[str, Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
+    """Build a module of temporal layers, and of query deltas that cannot be weight patches, under the UNet's paths."""
+    root = build_temporal(unet, temporal, comfy.ops.manual_cast, dtype)
+    return add_queries(root, coarse, comfy.ops.manual_cast, dtype)
+
+
+def _patcher(build: Callable[[], torch.nn.Module], root: torch.nn.Module, model: ModelPatcher) -> Any:
+    """Return a patcher of ``root`` like those of the host's own loaders.
+
+    The host makes further ones of what ``build`` returns: for each GPU, and without dynamic VRAM.
+    """
+    devices = model.load_device, model.offload_device
+
+    def again(disable_dynamic: bool = False) -> Any:
+        kind = comfy.model_patcher.ModelPatcher if disable_dynamic else _patcher_class()
+        return kind(build(), *devices)
+
+    patcher = _patcher_class()(root, *devices)
+    patcher.cached_patcher_init = again, ()
+    return patcher
+
+
 def _patcher_class() -> Any:
-    """Return the class of the host's own loaders: one that loads weights as they are used, where that is on."""
+    """Return the class that loads weights as they are used, where the host has that switched on."""
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def _layers_of(base_model: Any, default: torch.nn.Module) -> torch.nn.Module:
+    """Return the layers that are loaded beside the model which runs: another GPU has its own."""
+    patcher = getattr(base_model, "current_patcher", None)
+    beside = patcher.get_additional_models_with_key(_KEY) if patcher is not None else []
+    return beside[0].model if beside else default
 
 
 def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
@@ -124,7 +156,7 @@ def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
 
 
 def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
-    """Have every evaluation of the model run inflated, with the layers in ``root``."""
+    """Have every evaluation of the model run inflated, with the layers in ``root`` or their copies on another GPU."""
     first_frames = FirstFrameCache()
 
     @contextmanager
@@ -135,8 +167,9 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
         layout = Layout(frames=rows // chunks, chunks=chunks)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
-        swaps = inflated_forwards(unet, inflation, temporal_layers(root), layout, _HostBackend(), first)
-        for path, delta in query_layers(root).items():
+        added = _layers_of(base_model, root)
+        swaps = inflated_forwards(unet, inflation, temporal_layers(added), layout, _HostBackend(), first)
+        for path, delta in query_layers(added).items():
             query = unet.get_submodule(path)
             swaps.append((query, _with_delta(query, delta, query_strength)))
         with swapped(swaps):
@@ -160,8 +193,13 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
                 given.arguments["model_options"] = {**options, "context_handler": per_frame}
             return executor(*given.args, **given.kwargs)
 
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+        def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            # The guider has options of its own in a run.
+            first_frames.begin(executor.class_obj.model_options.setdefault("transformer_options", {}))
+            return executor(*args, **kwargs)
+
+        for kind, wrapper in zip(_WRAPPED, (apply_model, predict_noise, outer_sample), strict=True):
+            model.add_wrapper_with_key(kind, _KEY, wrapper)
     else:
 
         def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
@@ -188,7 +226,7 @@ def without_inflation(model: ModelPatcher) -> Any:
             clone.patches.pop(key, None)
     clone.add_patches({})  # gives the changed set of patches an identity of its own
     clone.remove_additional_models(_KEY)
-    for kind in (comfy.patcher_extension.WrappersMP.APPLY_MODEL, comfy.patcher_extension.WrappersMP.PREDICT_NOISE):
+    for kind in _WRAPPED:
         clone.remove_wrappers_with_key(kind, _KEY)
     clone.remove_attachments(_KEY)
     return clone
