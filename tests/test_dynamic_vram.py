@@ -217,6 +217,7 @@ def test_pages_of_other_models_count_as_free(pages: Pages, monkeypatch: pytest.M
     assert host.free_memory(model) == 1700
 
 
+@pytest.mark.comfyui
 def test_temporal_layers_load_as_the_hosts_own_models_do(pages: Pages) -> None:
     model = model_of(WIDE)
     motion, _ = run(model, LATENTS, COND, TuneSettings(steps=1))

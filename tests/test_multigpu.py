@@ -48,6 +48,7 @@ def windowed(model: Any) -> Any:
     return clone
 
 
+@pytest.mark.comfyui
 def test_the_host_can_make_the_temporal_layers_again(motion: Motion) -> None:
     model = host.inflate_model(build_model(UNETS["tiny"]), Inflation(), motion)
     (ours,) = model.get_additional_models_with_key(KEY)
@@ -60,6 +61,7 @@ def test_the_host_can_make_the_temporal_layers_again(motion: Motion) -> None:
             assert torch.equal(value, mine) and value.data_ptr() != mine.data_ptr()
 
 
+@pytest.mark.comfyui
 def test_what_runs_are_the_layers_beside_the_model_that_runs(motion: Motion) -> None:
     """Not those that were there when the node ran: on another GPU they are a copy."""
     model = host.inflate_model(build_model(UNETS["tiny"]), Inflation(), motion)

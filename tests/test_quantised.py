@@ -15,6 +15,7 @@ from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning.checkpoint import fingerprint
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
 from tuning_runs import run, trainer_of
 from unets import build_model
@@ -99,6 +100,7 @@ def test_sampling_sees_the_queries_that_training_saw(kind: str, lora: bool) -> N
     assert seen
 
 
+@pytest.mark.comfyui
 @torch.inference_mode()
 def test_a_motion_comes_off_again_and_can_be_read_from_the_model(build: Build) -> None:
     model = build()
@@ -130,6 +132,20 @@ def test_the_room_for_dequantised_weights_is_counted(build: Build) -> None:
         layers = [m for m in trainer.unet.module.modules() if host.is_coarse(m) and host.weight_shape(m)]
         whole = sum(4 * torch.Size(host.weight_shape(m)).numel() for m in layers)
         assert trainer.unet.cast_cache.bytes == whole > 0
+
+
+@torch.inference_mode()
+def test_a_run_is_known_by_the_weights_as_they_are_stored(build: Build) -> None:
+    def key(model: Any) -> str:
+        with trainer_of(model, LATENTS, COND, SETTINGS) as trainer:
+            return fingerprint(trainer.decisive, trainer.decisive_tensors())
+
+    model, other = build(), build()
+    assert key(model) == key(other)
+    weight = other.model.diffusion_model.get_submodule(TO_Q).weight
+    stored = getattr(weight, "_qdata", weight).as_subclass(Tensor).view(torch.uint8)
+    stored[0, 0] ^= 4
+    assert key(model) != key(other)
 
 
 class Secret(comfy.ops.manual_cast):
