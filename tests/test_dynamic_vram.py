@@ -15,7 +15,7 @@ from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.tuning.checkpoint import fingerprint
-from tune_a_video.tav_core.tuning.trainer import TuneSettings
+from tune_a_video.tav_core.tuning.trainer import SHARE_OF_FREE_MEMORY, TuneSettings
 from tuning_runs import run, trainer_of
 from unets import UNETS, build_model
 
@@ -204,17 +204,19 @@ def test_converted_weights_that_are_kept_are_copies(stored: torch.dtype, pages: 
 
 
 def test_pages_of_other_models_count_as_free(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(WIDE)
-    host.load_for_training(model, LATENTS.shape)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000)
-    assert host.free_memory(model) == 1000
-    if not HAS_PAGES:
-        return
-    from comfy_aimdo import model_vbar
+    """In the budget of a tuning; the model's own pages do not."""
+    with trainer_of(model_of(WIDE), LATENTS, COND, SETTINGS) as trainer:
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000)
+        assert host.evictable_memory(trainer.unet.model) == 0
+        alone = trainer._given()
+        if not HAS_PAGES:
+            return
+        from comfy_aimdo import model_vbar
 
-    own = host.weights_on_device(model)
-    monkeypatch.setattr(model_vbar, "vbars_analyze", lambda device=None: own + 700)
-    assert host.free_memory(model) == 1700
+        own = host.weights_on_device(trainer.unet.model)
+        monkeypatch.setattr(model_vbar, "vbars_analyze", lambda device=None: own + 700)
+        assert host.evictable_memory(trainer.unet.model) == 700
+        assert trainer._given() == pytest.approx(alone + SHARE_OF_FREE_MEMORY * 700)
 
 
 @pytest.mark.comfyui

@@ -15,7 +15,14 @@ from .inflated_model import (
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
 from .lend import WeightAndBias, check_lending, lent, resident_dtype
-from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
+from .memory import (
+    evictable_memory,
+    free_memory,
+    offload_weights,
+    put_models_aside,
+    release_cached_memory,
+    weights_on_device,
+)
 from .model import (
     Conditioning,
     ModelPatcher,
@@ -49,6 +56,7 @@ __all__ = [
     "check_prediction",
     "check_single_prompt",
     "context_width",
+    "evictable_memory",
     "family",
     "free_memory",
     "image_embeddings",

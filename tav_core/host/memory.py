@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import comfy.model_management
+import torch
 
 from .model import ModelPatcher
 
 
-def free_memory(model: ModelPatcher) -> float:
-    """Return the bytes that can be allocated on a MODEL's device.
-
-    On hosts with dynamic VRAM the weights of other models count, since an allocation evicts them. The model's own do
-    not: every step needs them.
-    """
-    device: Any = model.load_device
-    free = float(comfy.model_management.get_free_memory(device))
-    if not hasattr(model, "get_free_memory"):
-        return free
-    own = model.loaded_size() if model.is_dynamic() else 0
-    return max(free, float(model.get_free_memory(device)) - own)
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that can still be allocated on a device."""
+    return float(comfy.model_management.get_free_memory(device))
 
 
 def offload_weights(model: ModelPatcher, size: float) -> float:
@@ -36,6 +26,17 @@ def offload_weights(model: ModelPatcher, size: float) -> float:
 def weights_on_device(model: ModelPatcher) -> float:
     """Return the bytes of a MODEL's weights that are on its device."""
     return float(model.loaded_size())
+
+
+def evictable_memory(model: ModelPatcher) -> float:
+    """Return the bytes of weights that an allocation on a MODEL's device evicts, on hosts with dynamic VRAM.
+
+    The model's own weights do not count: every step needs them.
+    """
+    if not hasattr(model, "get_free_memory"):
+        return 0.0
+    evictable = model.get_free_memory(model.load_device) - free_memory(model.load_device)
+    return max(0.0, evictable - (model.loaded_size() if model.is_dynamic() else 0))
 
 
 def release_cached_memory() -> None:
