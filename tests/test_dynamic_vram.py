@@ -16,7 +16,7 @@ from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.tuning.checkpoint import fingerprint
 from tune_a_video.tav_core.tuning.trainer import SHARE_OF_FREE_MEMORY, TuneSettings
-from tuning_runs import run, trainer_of
+from tuning_runs import trainer_of
 from unets import UNETS, build_model
 
 # The host loads layers up to this size at once, and the others as they are used: most of this UNet's.
@@ -145,7 +145,7 @@ SETTINGS = TuneSettings(steps=3, learning_rate=1e-3)
 
 def whole_job(model: Any, after: Any = lambda: None) -> list[Any]:
     """Tune, invert, sample; ``after`` is called after each."""
-    motion, losses = run(model, LATENTS, COND, SETTINGS)
+    motion, losses = pipeline.tune(model, LATENTS, COND, SETTINGS)
     after()
     with torch.inference_mode():
         tuned = host.inflate_model(model, Inflation(), motion)
@@ -222,7 +222,7 @@ def test_pages_of_other_models_count_as_free(pages: Pages, monkeypatch: pytest.M
 @pytest.mark.comfyui
 def test_temporal_layers_load_as_the_hosts_own_models_do(pages: Pages) -> None:
     model = model_of(WIDE)
-    motion, _ = run(model, LATENTS, COND, TuneSettings(steps=1))
+    motion, _ = pipeline.tune(model, LATENTS, COND, TuneSettings(steps=1))
     temporal = host.inflate_model(model, Inflation(), motion).get_additional_models_with_key("tune-a-video")
     assert type(temporal[0]) is type(model)
 

@@ -14,7 +14,6 @@ from tune_a_video.tav_core.host.windows import FirstFrameCache
 from tune_a_video.tav_core.inflate import Inflation, Layout
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import run
 from unets import UNETS, build_model
 
 KEY = "tune-a-video"
@@ -26,7 +25,8 @@ CLONES = hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu")
 @pytest.fixture(scope="module")
 def motion() -> Motion:
     with torch.inference_mode():
-        return run(build_model(UNETS["tiny"]), LATENTS, PROMPTS[0], TuneSettings(steps=3, learning_rate=1e-2))[0]
+        settings = TuneSettings(steps=3, learning_rate=1e-2)
+        return pipeline.tune(build_model(UNETS["tiny"]), LATENTS, PROMPTS[0], settings)[0]
 
 
 def sampled(model: Any) -> Tensor:

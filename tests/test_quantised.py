@@ -14,10 +14,9 @@ from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.tuning.checkpoint import fingerprint
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
-from tuning_runs import run, trainer_of
+from tuning_runs import trainer_of
 from unets import build_model
 
 LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -43,15 +42,10 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-3) -> None:
 
 
 @torch.inference_mode()
-def tuned(build: Build, **options: Any) -> tuple[Motion, list[float]]:
-    return run(build(), LATENTS, COND, SETTINGS, **options)
-
-
-@torch.inference_mode()
 def test_a_tuning_learns_what_the_dequantised_model_learns(build: Build) -> None:
     model = build()
-    expected, losses = run(dequantised(model), LATENTS, COND, SETTINGS)
-    motion, ours = run(model, LATENTS, COND, SETTINGS)
+    expected, losses = pipeline.tune(dequantised(model), LATENTS, COND, SETTINGS)
+    motion, ours = pipeline.tune(model, LATENTS, COND, SETTINGS)
     assert ours == pytest.approx(losses, rel=1e-3)
     assert len(set(losses)) == SETTINGS.steps
     for key, value in expected.tensors.items():
@@ -62,7 +56,7 @@ def test_a_tuning_learns_what_the_dequantised_model_learns(build: Build) -> None
 def test_inversion_and_sampling_are_those_of_the_dequantised_model(build: Build) -> None:
     """Query deltas as large as after a few hundred steps, which a patch in 8 bits would round away."""
     model = build()
-    motion, _ = run(dequantised(model), LATENTS, COND, SETTINGS)
+    motion, _ = pipeline.tune(dequantised(model), LATENTS, COND, SETTINGS)
     noises = []
     for plain in (model, dequantised(model)):
         inflated = host.inflate_model(plain, Inflation(), motion, 0.7)
@@ -104,7 +98,7 @@ def test_sampling_sees_the_queries_that_training_saw(kind: str, lora: bool) -> N
 @torch.inference_mode()
 def test_a_motion_comes_off_again_and_can_be_read_from_the_model(build: Build) -> None:
     model = build()
-    motion, _ = run(model, LATENTS, COND, SETTINGS)
+    motion, _ = pipeline.tune(model, LATENTS, COND, SETTINGS)
     inflated = host.inflate_model(model, Inflation(temporal_strength=0.5), motion, 0.5)
     carried = host.carried_motion(inflated)
     assert carried is not None
@@ -122,7 +116,11 @@ def test_a_motion_comes_off_again_and_can_be_read_from_the_model(build: Build) -
 
 @torch.inference_mode()
 def test_weights_that_are_cast_again_or_kept_are_the_same(build: Build) -> None:
-    losses = [tuned(build, memory_budget=budget)[1] for budget in (1.0, 1e12)]
+    losses = []
+    for budget in (1.0, 1e12):
+        with trainer_of(build(), LATENTS, COND, SETTINGS, memory_budget=budget) as trainer:
+            losses.append([float(step.loss) for step in trainer])
+            assert trainer.unet.cast_cache.keep == (budget > 1)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -171,7 +169,8 @@ def test_weights_that_cannot_be_read_are_refused_before_any_work(raw: bool, monk
             if raw:
                 layer.__class__, stored = Secret.Bytes, stored.flatten()
             layer.weight = torch.nn.Parameter(stored, requires_grad=False)
-    steps: list[Any] = []
-    with pytest.raises(Refusal, match="model: its weights are quantised as int8 in .* Load an fp16 or bf16 checkpoint"):
-        run(model, LATENTS, COND, SETTINGS, after_step=steps.append)
-    assert not steps
+    with (
+        pytest.raises(Refusal, match="model: its weights are quantised as int8 in .* Load an fp16 or bf16 checkpoint"),
+        trainer_of(model, LATENTS, COND, SETTINGS),
+    ):
+        raise AssertionError("a trainer was made")
