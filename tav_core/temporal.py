@@ -98,6 +98,25 @@ def build_temporal(
     return root
 
 
+def add_queries(
+    root: torch.nn.Module, deltas: Mapping[str, Tensor], operations: Any, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Add layers to ``root``, as ``build_temporal`` made it, whose outputs are added to the UNet's queries.
+
+    ``deltas``: differences of query projection weights [inner, channels] by the weight's path.
+    """
+    for path, delta in deltas.items():
+        layer = operations.Linear(delta.shape[1], delta.shape[0], bias=False, device="cpu")
+        layer.load_state_dict({"weight": delta})
+        _add_at(root, path.removesuffix(".weight"), layer.to(dtype).requires_grad_(False))
+    return root
+
+
+def query_layers(root: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the layers that ``add_queries`` put into ``root``, by the query projection's path."""
+    return {path: module for path, module in root.named_modules() if path.endswith((".attn1.to_q", ".attn2.to_q"))}
+
+
 def _add_at(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
     *parents, name = path.split(".")
     for part in parents:

@@ -88,10 +88,14 @@ def build_model(
     prediction: str = "epsilon",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    operations: Any = None,
 ) -> Any:
     """Build a ModelPatcher like a checkpoint loader's. Its parameters are inference tensors, as on a server.
 
     ``weights``: the UNet's state dict. None: random weights from ``seed``, scaled so that every layer has an effect.
+    ``compute_dtype``: None for ``dtype``. ``operations``: layer classes in the place of the host's own choice, which
+    take ``weights`` as they are.
     """
     with torch.inference_mode():
         config: Any = type(
@@ -99,6 +103,7 @@ def build_model(
             (comfy.supported_models_base.BASE,),
             {"unet_extra_config": {}, "latent_format": comfy.latent_formats.SD15},
         )({**unet_config, "dtype": dtype})
+        config.manual_cast_dtype, config.custom_operations = compute_dtype, operations
         kinds = comfy.model_base.ModelType
         kind = kinds.V_PREDICTION if prediction == "v" else kinds.EPS
         base = comfy.model_base.SDXL if config.unet_config.get("adm_in_channels") else comfy.model_base.BaseModel
@@ -106,7 +111,8 @@ def build_model(
         if weights is None:
             _randomize(model.diffusion_model, seed)
         else:
-            model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in weights.items()})
+            cast = {k: v if operations else v.to(dtype) for k, v in weights.items()}
+            model.diffusion_model.load_state_dict(cast)
         management = comfy.model_management
         return comfy.model_patcher.ModelPatcher(
             model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()

@@ -14,8 +14,15 @@ from .inflated_model import (
     without_inflation,
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
-from .lend import WeightAndBias, lent
-from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
+from .lend import WeightAndBias, check_lending, lent, resident_dtype
+from .memory import (
+    evictable_memory,
+    free_memory,
+    offload_weights,
+    put_models_aside,
+    release_cached_memory,
+    weights_on_device,
+)
 from .model import (
     Conditioning,
     ModelPatcher,
@@ -30,6 +37,7 @@ from .model import (
     unet_of,
 )
 from .sampling import StepCallback, paste_masked, run_sampler
+from .stored import is_coarse, stored_tensors, weight_shape
 from .training import UNetConditions, latents_in, load_for_training, unet_conditions
 
 __all__ = [
@@ -42,17 +50,20 @@ __all__ = [
     "carried_motion",
     "check_conditioning",
     "check_latent",
+    "check_lending",
     "check_model",
     "check_motion",
     "check_prediction",
     "check_single_prompt",
     "context_width",
+    "evictable_memory",
     "family",
     "free_memory",
     "image_embeddings",
     "inference_dtype",
     "inflate_model",
     "inflation_of",
+    "is_coarse",
     "latents_in",
     "lent",
     "load_for_training",
@@ -63,11 +74,14 @@ __all__ = [
     "put_models_aside",
     "query_shapes",
     "release_cached_memory",
+    "resident_dtype",
     "run_sampler",
     "sigma_table",
+    "stored_tensors",
     "text_embedding",
     "unet_conditions",
     "unet_of",
+    "weight_shape",
     "weights_on_device",
     "without_inflation",
 ]

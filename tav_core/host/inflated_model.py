@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inflate import Inflation, Layout, inflated_forwards, swapped
+from ..inflate import Forward, Inflation, Layout, inflated_forwards, swapped
 from ..motion.file import Motion, check_fits
-from ..temporal import TemporalLayer, build_temporal, temporal_layers
+from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
+from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames
 
 _KEY = "tune-a-video"
-_UNET_PREFIX = "diffusion_model."
+# WrappersMP's names; hosts before them have no such module.
+_WRAPPED = ("apply_model", "predict_noise", "outer_sample")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class InflationRecord:
     query_strength: float
 
     def deltas(self) -> dict[str, Tensor]:
-        """Return the very tensors that went into weight patches, by the path of their weight."""
+        """Return the tensors of query deltas, by the path of their weight: weight patches hold these very objects."""
         return {} if self.motion is None else self.motion.query_deltas()
 
 
@@ -77,29 +80,83 @@ def inflate_model(
     """Return a clone of a MODEL that sees its batch as frames of video; replaces an inflation it carries already.
 
     ``motion``: tuned weights; their query deltas are weight patches of ``query_strength``, which stack with
-    LoRAs in any order. The loaded model itself is not touched. Raises ValueError for models and motions that
-    don't fit.
+    LoRAs in any order. Where a weight is stored in 8 bits, its delta is applied in the layer's forward instead: a patch
+    would be rounded away. The loaded model itself is not touched. Raises ValueError for models and motions that don't
+    fit.
     """
     unet = unet_of(model)
     check_motion(model, motion)
     inflated: Any = without_inflation(model)
-    layers: dict[str, TemporalLayer] = {}
+    root = torch.nn.Module()
     if motion is not None:
-        patches = {_UNET_PREFIX + path: ("diff", (delta,)) for path, delta in motion.query_deltas().items()}
+        deltas = motion.query_deltas()
+        coarse = {k: v for k, v in deltas.items() if is_coarse(unet.get_submodule(k.removesuffix(".weight")))}
+        patches = {UNET_PREFIX + k: ("diff", (delta,)) for k, delta in deltas.items() if k not in coarse}
         inflated.add_patches(patches, query_strength)
-        root = build_temporal(unet, motion.temporal(), comfy.ops.manual_cast, inference_dtype(inflated))
-        layers = temporal_layers(root)
-        if layers and hasattr(inflated, "set_additional_models"):
-            patcher = comfy.model_patcher.ModelPatcher(root, inflated.load_device, inflated.offload_device)
-            inflated.set_additional_models(_KEY, [patcher])
-    _wrap(inflated, inflation, layers)
+        build = partial(_added_layers, unet, motion.temporal(), coarse, inference_dtype(inflated))
+        root = build()
+        if len(root._modules) and hasattr(inflated, "set_additional_models"):
+            inflated.set_additional_models(_KEY, [_patcher(build, root, inflated)])
+    _wrap(inflated, inflation, root, query_strength)
     if hasattr(inflated, "set_attachments"):
         inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
     return inflated
 
 
-def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer]) -> None:
-    """Have every evaluation of the model run inflated."""
+def _added_layers(
+    unet: torch.nn.Module, temporal: Mapping[str, Tensor], coarse: Mapping[str, Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
+    """Build a module of temporal layers, and of query deltas that cannot be weight patches, under the UNet's paths."""
+    root = build_temporal(unet, temporal, comfy.ops.manual_cast, dtype)
+    return add_queries(root, coarse, comfy.ops.manual_cast, dtype)
+
+
+def _patcher(build: Callable[[], torch.nn.Module], root: torch.nn.Module, model: ModelPatcher) -> Any:
+    """Return a patcher of ``root`` like those of the host's own loaders.
+
+    The host makes further ones of what ``build`` returns: for each GPU, and without dynamic VRAM.
+    """
+    devices = model.load_device, model.offload_device
+
+    def again(disable_dynamic: bool = False) -> Any:
+        kind = comfy.model_patcher.ModelPatcher if disable_dynamic else _patcher_class()
+        return kind(build(), *devices)
+
+    patcher = _patcher_class()(root, *devices)
+    patcher.cached_patcher_init = again, ()
+    return patcher
+
+
+def _patcher_class() -> Any:
+    """Return the class that loads weights as they are used, where the host has that switched on."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def _layers_of(base_model: Any, default: torch.nn.Module) -> torch.nn.Module:
+    """Return the layers that are loaded beside the model which runs: another GPU has its own."""
+    patcher = getattr(base_model, "current_patcher", None)
+    beside = patcher.get_additional_models_with_key(_KEY) if patcher is not None else []
+    return beside[0].model if beside else default
+
+
+def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
+    """Return a forward for a query projection whose stored weight is too coarse for a patch."""
+    if "forward" in vars(query):  # another pack's: what it computes is kept
+        original = query.forward
+        return lambda x: torch.add(original(x), delta(x), alpha=strength)
+
+    def forward(x: Tensor) -> Tensor:
+        # As in training: the sum is made in float32, and the input is not quantised on hardware that would do so.
+        exact = x.new_empty(0, dtype=torch.float32)
+        with lent(query, exact) as (weight, bias), lent(delta, exact) as (change, _):
+            tuned = torch.add(weight, change, alpha=strength).to(x.dtype)
+            return torch.nn.functional.linear(x, tuned, None if bias is None else bias.to(x.dtype))
+
+    return forward
+
+
+def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
+    """Have every evaluation of the model run inflated, with the layers in ``root`` or their copies on another GPU."""
     first_frames = FirstFrameCache()
 
     @contextmanager
@@ -110,7 +167,12 @@ def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer])
         layout = Layout(frames=rows // chunks, chunks=chunks)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
-        with swapped(inflated_forwards(unet, inflation, layers, layout, _HostBackend(), first)):
+        added = _layers_of(base_model, root)
+        swaps = inflated_forwards(unet, inflation, temporal_layers(added), layout, _HostBackend(), first)
+        for path, delta in query_layers(added).items():
+            query = unet.get_submodule(path)
+            swaps.append((query, _with_delta(query, delta, query_strength)))
+        with swapped(swaps):
             yield
 
     if hasattr(model, "add_wrapper_with_key"):
@@ -131,8 +193,13 @@ def _wrap(model: Any, inflation: Inflation, layers: Mapping[str, TemporalLayer])
                 given.arguments["model_options"] = {**options, "context_handler": per_frame}
             return executor(*given.args, **given.kwargs)
 
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, _KEY, apply_model)
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+        def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            # The guider has options of its own in a run.
+            first_frames.begin(executor.class_obj.model_options.setdefault("transformer_options", {}))
+            return executor(*args, **kwargs)
+
+        for kind, wrapper in zip(_WRAPPED, (apply_model, predict_noise, outer_sample), strict=True):
+            model.add_wrapper_with_key(kind, _KEY, wrapper)
     else:
 
         def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
@@ -151,7 +218,7 @@ def without_inflation(model: ModelPatcher) -> Any:
     deltas = record.deltas()
     ours = {id(delta) for delta in deltas.values()}
     for path in deltas:
-        key = _UNET_PREFIX + path
+        key = UNET_PREFIX + path
         others = [patch for patch in clone.patches.get(key, []) if not _holds(patch, ours)]
         if others:
             clone.patches[key] = others
@@ -159,7 +226,7 @@ def without_inflation(model: ModelPatcher) -> Any:
             clone.patches.pop(key, None)
     clone.add_patches({})  # gives the changed set of patches an identity of its own
     clone.remove_additional_models(_KEY)
-    for kind in (comfy.patcher_extension.WrappersMP.APPLY_MODEL, comfy.patcher_extension.WrappersMP.PREDICT_NOISE):
+    for kind in _WRAPPED:
         clone.remove_wrappers_with_key(kind, _KEY)
     clone.remove_attachments(_KEY)
     return clone

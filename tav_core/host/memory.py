@@ -28,6 +28,17 @@ def weights_on_device(model: ModelPatcher) -> float:
     return float(model.loaded_size())
 
 
+def evictable_memory(model: ModelPatcher) -> float:
+    """Return the bytes of weights that an allocation on a MODEL's device evicts, on hosts with dynamic VRAM.
+
+    The model's own weights do not count: every step needs them.
+    """
+    if not hasattr(model, "get_free_memory"):
+        return 0.0
+    evictable = model.get_free_memory(model.load_device) - free_memory(model.load_device)
+    return max(0.0, evictable - (model.loaded_size() if model.is_dynamic() else 0))
+
+
 def release_cached_memory() -> None:
     """Give back the memory that PyTorch's allocator holds in reserve."""
     comfy.model_management.soft_empty_cache()

@@ -23,6 +23,7 @@ class ModelPatcher(Protocol):
     model: Any
     model_options: dict[str, Any]
     patches: dict[str, list[tuple[Any, ...]]]
+    backup: dict[str, Any]
     load_device: torch.device
     offload_device: torch.device
 
@@ -34,6 +35,12 @@ class ModelPatcher(Protocol):
 
     def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0) -> Any:
         """Add weight patches by state-dict key."""
+
+    def is_dynamic(self) -> bool:
+        """Say whether weights are loaded as they are used (hosts with dynamic VRAM alone have this)."""
+
+    def get_free_memory(self, device: Any) -> float:
+        """Return free bytes, evictable weights included (hosts with dynamic VRAM alone have this)."""
 
     def memory_required(self, input_shape: Any) -> float:
         """Return the host's estimate of an evaluation's memory in bytes."""
@@ -83,21 +90,41 @@ def family(model: ModelPatcher) -> str:
 
 
 def prediction_type(model: ModelPatcher) -> str:
-    """Return "epsilon" or "v". Raises ValueError for other parametrisations (flow, EDM)."""
+    """Return "epsilon" or "v". Raises ValueError for other parametrisations (flow, EDM, x0) and distilled ones (LCM).
+
+    Decided by what the sampling computes, so that other packs' classes count for what they are.
+    """
     sampling = model.get_model_object("model_sampling")
-    known = comfy.model_sampling
-    if hasattr(sampling, "sigmas") and isinstance(sampling, known.ModelSamplingDiscrete):
-        if isinstance(sampling, known.V_PREDICTION) and not isinstance(sampling, known.EDM):
-            return "v"
-        others = (known.V_PREDICTION, getattr(known, "X0", known.EDM))
-        if isinstance(sampling, known.EPS) and not isinstance(sampling, others):
-            return "epsilon"
-    raise Refusal(
-        "model",
-        f"its sampling ({type(sampling).__mro__[1].__name__}) is neither epsilon- nor v-prediction "
-        "on discrete timesteps",
-        "Remove the node that changes it (ModelSampling...), or load another model.",
-    )
+    found = _prediction_of(sampling)
+    if found is None:
+        names = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
+        raise Refusal(
+            "model",
+            f"its sampling ({names}) is neither epsilon- nor v-prediction on discrete timesteps",
+            "Remove the node that changes it (ModelSamplingDiscrete or another ModelSampling node), or load another "
+            "model. Distilled samplings such as LCM know a few of the timesteps alone.",
+        )
+    return found
+
+
+@torch.no_grad()
+def _prediction_of(sampling: Any) -> str | None:
+    """Return "epsilon" or "v" if that is what the sampling computes at each of its noise levels."""
+    sigmas = getattr(sampling, "sigmas", None)
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or sigmas is None:
+        return None
+    # The UNet is asked for timestep i at sigmas[i], in training and in the schedules.
+    if not torch.equal(sampling.timestep(sigmas).long(), torch.arange(len(sigmas), device=sigmas.device)):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, len(sigmas), 1, 1, 1, generator=generator).to(sigmas)
+    sigma = sigmas.view(-1, 1, 1, 1)
+    scale = (sigma**2 + 1) ** 0.5
+    if not torch.allclose(sampling.calculate_input(sigmas, x), x / scale, rtol=1e-4):
+        return None
+    denoised = sampling.calculate_denoised(sigmas, output, x)
+    formulas = {"epsilon": x - output * sigma, "v": x / scale**2 - output * sigma / scale}
+    return next((name for name, x0 in formulas.items() if torch.allclose(denoised, x0, rtol=1e-4, atol=1e-5)), None)
 
 
 def sigma_table(model: ModelPatcher) -> Tensor:

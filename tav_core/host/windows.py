@@ -12,6 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..inflate import FirstFrame, Layout
 
+_RUN = "tune-a-video run"
+
+
+class _Run:
+    """Stands for one run of a sampler."""
+
 
 class FirstFrameCache:
     """Keys and values of a long video's first frame, for context windows that do not hold it.
@@ -23,16 +29,23 @@ class FirstFrameCache:
     """
 
     def __init__(self) -> None:
-        # Keyed by the run's sigmas, which live as long as the run.
+        # Keyed by an object that lives as long as the run.
         self._runs: Any = WeakIdKeyDictionary()
+
+    def begin(self, transformer_options: dict[str, Any]) -> None:
+        """Mark a run's options, so that its calls are known on every GPU."""
+        run = _Run()
+        self._runs[run] = {}
+        transformer_options[_RUN] = run
 
     def lookup(self, layout: Layout, transformer_options: Mapping[str, Any]) -> FirstFrame | None:
         """Return the ``first_frame`` of ``inflated_forwards`` for one call; None for a video in one piece."""
-        window, sigmas = transformer_options.get("context_window"), transformer_options.get("sample_sigmas")
-        indices = getattr(window, "index_list", None)
-        if indices is None or sigmas is None:
+        # Without a mark the sigmas stand for the run. With several GPUs the host makes new ones for each call.
+        run = transformer_options.get(_RUN, transformer_options.get("sample_sigmas"))
+        indices = getattr(transformer_options.get("context_window"), "index_list", None)
+        if indices is None or run is None:
             return None
-        kept: dict[Any, Tensor] = self._runs.setdefault(sigmas, {})
+        kept: dict[Any, Tensor] = self._runs.setdefault(run, {})
         # A prompt's own identity: several may share one number in cond_or_uncond.
         conds = transformer_options.get("uuids") or transformer_options.get("cond_or_uncond") or [0]
         # Newer hosts put the frame before a window in front of it, so that the first has its previous one.
@@ -48,7 +61,7 @@ class FirstFrameCache:
             found = [kept.get((path, name, cond)) for cond in conds]
             if any(one is None or one.shape[1:] != tokens.shape[2:] for one in found):
                 return None
-            return torch.stack([one for one in found if one is not None])
+            return torch.stack([one.to(tokens.device) for one in found if one is not None])
 
         return first_frame
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,14 +25,14 @@ class CastWeightCache:
         self._kept: dict[torch.nn.Module, host.WeightAndBias] = {}
 
     def _is_converted(self, layer: torch.nn.Module) -> bool:
-        weight = layer.weight
-        return isinstance(weight, Tensor) and weight.dtype != self._dtype and weight.device == self._device
+        stored = host.resident_dtype(layer, self._device)
+        return stored is not None and stored != self._dtype
 
     @property
     def bytes(self) -> int:
         """Return the bytes that all converted weights take, kept or not."""
-        layers = (m for m in self._unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
-        return sum(m.weight.numel() * self._dtype.itemsize for m in layers if self._is_converted(m))
+        layers = ((m, host.weight_shape(m)) for m in self._unet.modules())
+        return sum(math.prod(shape) * self._dtype.itemsize for m, shape in layers if shape and self._is_converted(m))
 
     @contextmanager
     def lent(self, layer: torch.nn.Module, x: Tensor) -> Iterator[host.WeightAndBias]:
@@ -41,6 +42,8 @@ class CastWeightCache:
             return
         with host.lent(layer, x) as (weight, bias):
             if self.keep and x.dtype == self._dtype and self._is_converted(layer):
+                # A clone, since the host may lend its own buffer, and fill it with something else afterwards.
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
                 self._kept[layer] = weight, bias
             yield weight, bias
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import host
 from ..attention import attend
 from ..inflate import Forward, Swap
 from ..unet import transformer_blocks
@@ -93,9 +94,9 @@ def training_forwards(
     for path, module in unet.named_modules():
         if f"{path}.weight" in queries:
             swaps.append((module, _query(queries[f"{path}.weight"])))
-        elif isinstance(module, torch.nn.Linear):
+        elif len(shape := host.weight_shape(module) or ()) == 2:
             swaps.append((module, partial(frozen_linear, lend=partial(lend, module))))
-        elif isinstance(module, torch.nn.Conv2d):
+        elif len(shape) == 4:
             swaps.append((module, partial(frozen_conv2d, module=module, lend=partial(lend, module))))
         elif isinstance(module, torch.nn.GroupNorm):
             swaps.append((module, _group_norm(module, backend)))

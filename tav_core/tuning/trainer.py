@@ -378,7 +378,8 @@ class Trainer:
         """Return the budget in bytes, moments included."""
         if self._budget is not None:
             return self._budget
-        return SHARE_OF_FREE_MEMORY * host.free_memory(self.unet.device) + self.optimizer.resident_bytes
+        free = host.free_memory(self.unet.device) + host.evictable_memory(self.unet.model)
+        return SHARE_OF_FREE_MEMORY * free + self.optimizer.resident_bytes
 
     def _fit_plan(self) -> Plan:
         """Plan for the budget; moves moments, then weights off the device where that is needed to fit."""

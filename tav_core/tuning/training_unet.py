@@ -46,21 +46,12 @@ class TrainingUNet:
             return weight.detach().clone()
 
     def fingerprint_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor that decides a prediction: latents, conditioning, sigmas, each layer's weight and bias.
-
-        Weights come as the model uses them (LoRAs applied), in the dtype that they are stored in. Each is valid until
-        the next is asked for.
-        """
+        """Yield every tensor that decides a prediction: latents, conditioning, sigmas, weights and their patches."""
         yield from (("latents", self.latents), ("sigmas", self.sigmas), ("context", self.conditions.context))
         yield from sorted(self.conditions.extra.items())
         if self.conditions.concat is not None:
             yield "concat", self.conditions.concat
-        for path, layer in self.module.named_modules():
-            if isinstance(getattr(layer, "weight", None), Tensor):
-                with host.lent(layer, torch.empty(0, device=self.device)) as (weight, bias):
-                    yield f"{path}.weight", weight.to(layer.weight.dtype)
-                    if bias is not None:
-                        yield f"{path}.bias", bias.to(layer.weight.dtype)
+        yield from host.stored_tensors(self.model)
 
     def forwards(
         self,
@@ -116,6 +107,7 @@ def training_unet(
         with torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)
             module = host.unet_of(model)
+            host.check_lending(module, model.load_device, dtype)
             yield TrainingUNet(
                 model=model,
                 module=module,
