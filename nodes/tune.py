@@ -262,9 +262,10 @@ class OneShotTune(io.ComfyNode):
                         break
             preview.update(steps)
             learnt, losses = trainer.motion(), trainer.losses
-        tuned = Motion(
-            learnt.tensors, _metadata(cls, model, samples, settings, precision, inflation, start, len(losses))
-        )
+        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses))
+        if trainer.temporal_seed is not None:
+            metadata[SEED_KEY] = str(trainer.temporal_seed)
+        tuned = Motion(learnt.tensors, metadata)
         # Half precision from here on, in memory as on disk: a saved file gives the very same model.
         tuned = tuned.to(torch.float16)
         if not all(value.isfinite().all() for value in tuned.tensors.values()):
@@ -281,7 +282,6 @@ def _metadata(
     settings: TuneSettings,
     precision: str,
     inflation: Inflation,
-    start: Motion | None,
     steps: int,
 ) -> dict[str, str]:
     """Describe how a motion came about, for its file."""
@@ -304,7 +304,6 @@ def _metadata(
         "height": str(height * PIXELS_PER_LATENT),
         "steps": str(steps),
         "seed": str(settings.seed),
-        SEED_KEY: (start.metadata.get(SEED_KEY, "") if start else "") or str(settings.seed),
         "options": json.dumps(options),
     }
 

@@ -13,7 +13,7 @@ from .inflated_model import (
     inflation_of,
     without_inflation,
 )
-from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
+from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt, left_out_of_tuning
 from .lend import WeightAndBias, lent
 from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
 from .model import (
@@ -54,6 +54,7 @@ __all__ = [
     "inflate_model",
     "inflation_of",
     "latents_in",
+    "left_out_of_tuning",
     "lent",
     "load_for_training",
     "model_scale",

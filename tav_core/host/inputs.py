@@ -90,6 +90,27 @@ def check_single_prompt(conditioning: Conditioning) -> None:
         )
 
 
+def left_out_of_tuning(model: ModelPatcher, conditioning: Conditioning) -> list[str]:
+    """Name what is on a MODEL or a CONDITIONING and acts when sampling, but not when tuning.
+
+    Tuning is on the clip and its prompt alone. A ControlNet's hints or an attention patch would have to be
+    differentiable, and would teach the weights to rely on them.
+    """
+    options = [options for _, options in conditioning]
+    transformer_options = model.model_options.get("transformer_options", {})
+    found = {
+        "ControlNet": any(each.get("control") is not None for each in options),
+        "hooks": any(each.get("hooks") is not None for each in options),
+        "GLIGEN": any(each.get("gligen") is not None for each in options),
+        "area or mask": any(each.get("area") is not None or each.get("mask") is not None for each in options),
+        "patches of attention and blocks": any(
+            transformer_options.get(key) for key in ("patches", "patches_replace", "wrappers")
+        ),
+        "UNet wrapper": model.model_options.get("model_function_wrapper") is not None,
+    }
+    return [name for name, present in found.items() if present]
+
+
 def _hints(control: Any) -> int:
     """Return the largest number of hints of a ControlNet and those chained before it; 0 for none."""
     most = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import host
 from ..inflate import Inflation, Swap, swapped
 from ..motion.file import Motion
+from ..motion.low_rank import temporal_seed
 from ..out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..schedule import add_noise, alphas_cumprod, training_target
 from . import early_stop, memory_probe
@@ -90,7 +91,14 @@ class Trainer:
         self.unet, self.settings, self.inflation, self.patience = unet, settings, inflation, patience
         self._budget = memory_budget
         self._start = {} if start is None else {key: value.float() for key, value in start.tensors.items()}
-        self._weights = trainable_weights(unet, settings.train_scope, settings.seed, self._start)
+        # The seed that all temporal weights were drawn from; None where the start motion does not know its own.
+        self.temporal_seed = temporal_seed(start) if start is not None and start.temporal() else settings.seed
+        self._drawn_from = settings.seed if self.temporal_seed is None else self.temporal_seed
+        self._weights = retry_on_oom(
+            lambda: trainable_weights(unet, settings.train_scope, self._drawn_from, self._start),
+            (self._offload_weights,),
+            "at the start",
+        )
         self.trained = self._weights.trained
         self._parameters = list(self.trained.values())
         self._alpha_bars = alphas_cumprod(unet.sigmas).tolist()
@@ -232,7 +240,14 @@ class Trainer:
         """Return the values that decide a run's result beside tensors; PyTorch's version, since its kernels do too."""
         unet = self.unet
         compute = [str(unet.dtype), unet.device.type, unet.prediction, torch.__version__]
-        return {"settings": asdict(self.settings), "inflation": asdict(self.inflation), "compute": compute}
+        # No step depends on how many follow: a run of more steps resumes from the end of a shorter one.
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        return {
+            "settings": settings,
+            "temporal_seed": self._drawn_from,
+            "inflation": asdict(self.inflation),
+            "compute": compute,
+        }
 
     def decisive_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that decide a run's result, by name."""
@@ -250,25 +265,25 @@ class Trainer:
         return 3 * sum(parameter.nbytes for parameter in self._parameters)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors and JSON values that the remaining steps depend on; for a finished run its result alone."""
+        """Return tensors and JSON values that further steps depend on, also those of a run of more steps."""
+        assert self._random_state is not None
+        self.optimizer.settle()
         tensors = {"history": self._history[:, : self.done]}
         tensors |= {f"weight.{key}": parameter.detach() for key, parameter in self.trained.items()}
-        if self.done < self.settings.steps:
-            assert self._random_state is not None
-            self.optimizer.settle()
-            tensors["random_state"] = self._random_state
-            for key, parameter in self.trained.items():
-                tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
+        tensors["random_state"] = self._random_state
+        for key, parameter in self.trained.items():
+            tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
         return tensors, {"schedule": self._schedule.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Resume from what ``state_dict`` returned in a run with the same inputs.
+        """Resume from what ``state_dict`` returned in a run with the same inputs but the number of steps.
 
-        A state from behind the step at which this run's patience is over is ignored.
+        A state from behind this run's last step, or from behind the step at which its patience is over, is ignored.
         """
         history = tensors["history"]
         done, end = history.shape[1], self._end_of_patience(history)
-        if end is not None and done > end:
+        if done > self.settings.steps or (end is not None and done > end):
+            logging.info("Tune-A-Video: an earlier run with the same inputs is longer; tuning starts from step 1")
             return
         with torch.no_grad():
             for key, parameter in self.trained.items():
@@ -276,8 +291,6 @@ class Trainer:
         self._history[:, :done] = history.to(self.unet.device)
         self.done = done
         logging.info("Tune-A-Video: an earlier run with the same inputs resumes after step %d", done)
-        if done == self.settings.steps:
-            return
         moments = {
             number: {name: tensors[f"{name}.{key}"] for name in _ADAMW_STATE if f"{name}.{key}" in tensors}
             for number, key in enumerate(self.trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def training_unet(
     """
     host.check_model(model)
     with naming_input("latent", _NO_MEMORY):
+        if left_out := host.left_out_of_tuning(model, conditioning):
+            logging.warning("Tune-A-Video: tuning runs without %s; sampling uses them", " and ".join(left_out))
         dtype = precision or host.inference_dtype(model)
         host.load_for_training(model, latents.shape)
         with torch.inference_mode(False), torch.enable_grad():
