@@ -15,7 +15,7 @@ from .inflated_model import (
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt, left_out_of_tuning
 from .lend import WeightAndBias, lent
-from .memory import free_memory, offload_weights, put_models_aside, release_cached_memory, weights_on_device
+from .memory import free_memory, is_ram, offload_weights, put_models_aside, release_cached_memory, weights_on_device
 from .model import (
     Conditioning,
     ModelPatcher,
@@ -53,6 +53,7 @@ __all__ = [
     "inference_dtype",
     "inflate_model",
     "inflation_of",
+    "is_ram",
     "latents_in",
     "left_out_of_tuning",
     "lent",

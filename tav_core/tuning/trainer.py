@@ -26,7 +26,7 @@ from .pinned_copy import AsyncCopy, to_device
 from .preview_clip import reconstruct
 from .recompute import planned_forwards
 from .relief import retry_on_oom
-from .trainable import TrainScope, trainable_weights
+from .trainable import TrainScope, trainable_weights, trained_bytes
 from .training_unet import TrainingUNet
 
 # A run is over after this many steps in a row whose loss or gradient is not finite.
@@ -38,6 +38,9 @@ CHECK_INTERVAL = 5
 
 # The rest is for memory that the allocator cannot use, and for other programs on the device.
 SHARE_OF_FREE_MEMORY = 0.8
+
+# A weight that learns, its gradient and its two moments.
+_FIXED_COPIES = 4
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -94,6 +97,7 @@ class Trainer:
         # The seed that all temporal weights were drawn from; None where the start motion does not know its own.
         self.temporal_seed = temporal_seed(start) if start is not None and start.temporal() else settings.seed
         self._drawn_from = settings.seed if self.temporal_seed is None else self.temporal_seed
+        _check_fixed_memory(unet, settings.train_scope)
         self._weights = retry_on_oom(
             lambda: trainable_weights(unet, settings.train_scope, self._drawn_from, self._start),
             (self._offload_weights,),
@@ -159,7 +163,7 @@ class Trainer:
         try:
             return retry_on_oom(attempt, (self._drop_casts, self._shrink_plan, *self._reliefs()[1:]), during)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
                 "latent: out of memory, although all activations are recomputed. "
@@ -408,6 +412,13 @@ class Trainer:
         if self._budget is None and not found.fits:
             host.offload_weights(self.unet.model, (found.bytes - found.budget) / SHARE_OF_FREE_MEMORY)
             found = replace(fitted(), offload=found.offload)
+        free = host.free_memory(self.unet.device)
+        if self._budget is None and host.is_ram(self.unet.device) and found.bytes > free:
+            raise OutOfMemoryError(
+                f"latent: tuning on it takes {found.bytes / 2**30:.2f} GiB although all activations are recomputed, "
+                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set train_scope to "
+                "middle and up, or close what else takes memory."
+            )
         if not found.fits:
             needed, given = found.bytes / 2**30, max(found.budget, 0.0) / 2**30
             logging.warning(
@@ -468,6 +479,24 @@ class Trainer:
         logging.info(
             "Tune-A-Video: predicted %.2f GiB for activations and gradients, measured %.2f", predicted, measured
         )
+
+
+def _check_fixed_memory(unet: TrainingUNet, scope: TrainScope) -> None:
+    """Refuse a tuning whose weights, gradients and moments exceed the free RAM (OutOfMemoryError).
+
+    Elsewhere an allocation fails and is answered. In RAM it succeeds, and the kernel kills the process later.
+    """
+    if not host.is_ram(unet.device):
+        return
+    needed, free = _FIXED_COPIES * trained_bytes(unet.module, scope), host.free_memory(unet.device)
+    if needed <= free:
+        return
+    smaller = _FIXED_COPIES * trained_bytes(unet.module, "middle and up") / 2**30
+    remedy = f"Set it to middle and up ({smaller:.2f} GiB), or close" if scope == "all" else "Close"
+    raise OutOfMemoryError(
+        f"train_scope: {scope} takes {needed / 2**30:.2f} GiB for the weights that learn, their gradients and AdamW's "
+        f"moments, and {free / 2**30:.2f} GiB of memory are free. {remedy} what else takes memory."
+    )
 
 
 def _has_own_memory(device: torch.device) -> bool:
