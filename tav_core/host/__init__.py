@@ -15,7 +15,15 @@ from .inflated_model import (
 )
 from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt, left_out_of_tuning
 from .lend import WeightAndBias, lent
-from .memory import free_memory, is_ram, offload_weights, put_models_aside, release_cached_memory, weights_on_device
+from .memory import (
+    computes_bfloat16,
+    free_memory,
+    is_ram,
+    offload_weights,
+    put_models_aside,
+    release_cached_memory,
+    weights_on_device,
+)
 from .model import (
     Conditioning,
     ModelPatcher,
@@ -46,6 +54,7 @@ __all__ = [
     "check_motion",
     "check_prediction",
     "check_single_prompt",
+    "computes_bfloat16",
     "context_width",
     "family",
     "free_memory",

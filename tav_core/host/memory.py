@@ -22,6 +22,11 @@ def is_ram(device: torch.device) -> bool:
     return device.type in ("cpu", "mps")
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Say whether the host computes in bfloat16 on a device."""
+    return bool(comfy.model_management.should_use_bf16(device))
+
+
 def offload_weights(model: ModelPatcher, size: float) -> float:
     """Have the host move about ``size`` bytes of a loaded MODEL's weights off its device; return how many went.
 

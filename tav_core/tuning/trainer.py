@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..attention import SLICE_BYTES, is_fused
 from ..inflate import Inflation, Swap, swapped
 from ..motion.file import Motion
 from ..motion.low_rank import temporal_seed
@@ -399,8 +400,14 @@ class Trainer:
     def _fit_plan(self) -> Plan:
         """Plan for the budget; moves moments, then weights off the device where that is needed to fit."""
 
+        sample = torch.zeros(1, 1, 2, 8, device=self.unet.device, dtype=self.unet.dtype, requires_grad=True)
+        fused = is_fused(sample, sample, sample)
+        if not fused:
+            logging.info("Tune-A-Video: PyTorch has no fused attention here; attention runs in slices")
+        slices = 0 if fused else 3 * SLICE_BYTES
+
         def fitted() -> Plan:
-            moments, given = self.optimizer.resident_bytes, self._given()
+            moments, given = self.optimizer.resident_bytes, self._given() - slices
             if _has_own_memory(self.unet.device):
                 return make_plan(self.costs, given, moments)
             return make_plan(self.costs, given - moments)
@@ -416,8 +423,8 @@ class Trainer:
         if self._budget is None and host.is_ram(self.unet.device) and found.bytes > free:
             raise OutOfMemoryError(
                 f"latent: tuning on it takes {found.bytes / 2**30:.2f} GiB although all activations are recomputed, "
-                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set train_scope to "
-                "middle and up, or close what else takes memory."
+                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set train_scope "
+                "to middle and up, or close what else takes memory."
             )
         if not found.fits:
             needed, given = found.bytes / 2**30, max(found.budget, 0.0) / 2**30
