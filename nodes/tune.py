@@ -236,6 +236,7 @@ class OneShotTune(io.ComfyNode):
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
         samples = host.check_latent(model, latent)
+        host.warn_of_small_clip(model, samples)
         host.check_single_prompt(conditioning)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         start = motion or host.carried_motion(model)

@@ -13,7 +13,14 @@ from .inflated_model import (
     inflation_of,
     without_inflation,
 )
-from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt, left_out_of_tuning
+from .inputs import (
+    check_conditioning,
+    check_latent,
+    check_prediction,
+    check_single_prompt,
+    left_out_of_tuning,
+    warn_of_small_clip,
+)
 from .lend import WeightAndBias, lent
 from .memory import (
     computes_bfloat16,
@@ -79,6 +86,7 @@ __all__ = [
     "text_embedding",
     "unet_conditions",
     "unet_of",
+    "warn_of_small_clip",
     "weights_on_device",
     "without_inflation",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ..errors import Refusal
 from .model import Conditioning, ModelPatcher, context_width, family
+
+# Side of the square that a family was trained at, in latent pixels.
+_NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
+PIXELS_PER_LATENT = 8
 
 
 def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
@@ -77,6 +82,19 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
             f"it has a ControlNet with a hint for each frame, and the model looks at {length} of {frames} frames at a "
             "time. ComfyUI would give each window the hints of the first",
             "Use one hint for all frames, or remove the context windows.",
+        )
+
+
+def warn_of_small_clip(model: ModelPatcher, samples: Tensor) -> None:
+    """Log where a clip has less than a quarter of the area that the model's family was trained at."""
+    side, (height, width) = _NATIVE_SIDE.get(family(model), 0), samples.shape[-2:]
+    if height * width < side**2 / 4:
+        logging.warning(
+            "Tune-A-Video: the clip is %d x %d, and %s was trained at %d x %d: it knows little of pictures so small. "
+            "Load the clip larger.",
+            *(PIXELS_PER_LATENT * size for size in (width, height)),
+            family(model),
+            *(PIXELS_PER_LATENT * side,) * 2,
         )
 
 
