@@ -11,7 +11,8 @@ from ..tav_core.pipeline import invert
 from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
-from .support.types import CATEGORY, CLIP_KEY, search_aliases
+from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, search_aliases
+from .support.wiring import made_with
 
 REMEDY = "Use fewer frames or a smaller size, or look at the frames in parts, with Context Windows (Manual)."
 
@@ -59,7 +60,8 @@ class DDIMInvert(io.ComfyNode):
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         with MovingPreview(steps) as preview:
             inverted = invert(model, samples, conditioning, steps, sampling_callback(model, preview))
-        return io.NodeOutput({**latent, "samples": inverted, CLIP_KEY: samples})
+        made = {CLIP_KEY: samples, MADE_WITH_KEY: made_with(model, steps)}
+        return io.NodeOutput({**latent, "samples": inverted, **made})
 
 
 NODES = [DDIMInvert]

@@ -12,7 +12,8 @@ from .invert import REMEDY
 from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
-from .support.types import CATEGORY, CLIP_KEY, search_aliases
+from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, search_aliases
+from .support.wiring import check_inverted
 
 LAST_STEPS = ("clip noise level", "zero")
 
@@ -92,6 +93,7 @@ class TAVSample(io.ComfyNode):
         samples = host.check_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))
+        check_inverted(model, latent, steps)
         with MovingPreview(steps) as preview:
             edited = sample(
                 model,
@@ -107,7 +109,7 @@ class TAVSample(io.ComfyNode):
                 seed=seed,
                 last_step=last_step,
             )
-        out = {key: value for key, value in latent.items() if key not in (CLIP_KEY, "noise_mask")}
+        out = {key: value for key, value in latent.items() if key not in (CLIP_KEY, MADE_WITH_KEY, "noise_mask")}
         return io.NodeOutput({**out, "samples": edited})
 
 

@@ -245,6 +245,7 @@ class OneShotTune(io.ComfyNode):
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
         samples = host.check_latent(model, latent)
+        host.warn_of_small_clip(model, samples)
         host.check_single_prompt(conditioning)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         start = motion or host.carried_motion(model)
@@ -272,9 +273,10 @@ class OneShotTune(io.ComfyNode):
             if curve.reported < steps:  # it was on disk already, or ended early
                 preview.update(steps)
             learnt, losses = trainer.motion(), trainer.losses
-        tuned = Motion(
-            learnt.tensors, _metadata(cls, model, samples, settings, precision, inflation, start, len(losses))
-        )
+        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses))
+        if trainer.temporal_seed is not None:
+            metadata[SEED_KEY] = str(trainer.temporal_seed)
+        tuned = Motion(learnt.tensors, metadata)
         # Half precision from here on, in memory as on disk: a saved file gives the very same model.
         tuned = tuned.to(torch.float16)
         if not all(value.isfinite().all() for value in tuned.tensors.values()):
@@ -291,7 +293,6 @@ def _metadata(
     settings: TuneSettings,
     precision: str,
     inflation: Inflation,
-    start: Motion | None,
     steps: int,
 ) -> dict[str, str]:
     """Describe how a motion came about, for its file."""
@@ -314,7 +315,6 @@ def _metadata(
         "height": str(height * PIXELS_PER_LATENT),
         "steps": str(steps),
         "seed": str(settings.seed),
-        SEED_KEY: (start.metadata.get(SEED_KEY, "") if start else "") or str(settings.seed),
         "options": json.dumps(options),
     }
 

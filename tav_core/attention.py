@@ -7,18 +7,22 @@ A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``ga
 from __future__ import annotations
 
 import sys
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 SpatialMode = Literal["sparse-causal", "first frame only", "full", "per frame"]
 SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 
 # CUDA's fused attention kernels put batch * heads on a grid axis of 65535 blocks.
 _MAX_FUSED_ROWS = 65535
+# Scores that attention without a fused kernel holds at a time; it has up to three tensors of this size.
+SLICE_BYTES = 64 * 2**20
 
 
 def gather_frames(tokens: Tensor, frames: int, chunks: int, mode: SpatialMode, first: Tensor | None = None) -> Tensor:
@@ -63,7 +67,63 @@ def _fused_rows(device: torch.device) -> int:
     return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
 
 
+def is_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Say whether PyTorch has a kernel for q, k, v [rows, heads, n, d] that keeps no scores."""
+    try:
+        return bool(torch._fused_sdp_choice(q, k, v) != SDPBackend.MATH.value)
+    except (NotImplementedError, RuntimeError):  # a device without any
+        return False
+
+
+class _SlicedAttention(torch.autograd.Function):
+    """Attention on [rows, heads, n, d] a slice at a time; keeps q, k and v alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+        for rows, queries in _slices(q, k):
+            out[rows, :, queries] = _weights(q[rows, :, queries], k[rows]) @ v[rows]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        (grad,) = gradients
+        needs_k, needs_v = ctx.needs_input_grad[1:]
+        grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        grad_k = torch.zeros(k.shape, dtype=k.dtype, device=k.device) if needs_k else None
+        grad_v = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if needs_v else None
+        scale = q.shape[-1] ** -0.5
+        for rows, queries in _slices(q, k):
+            weights, upper = _weights(q[rows, :, queries], k[rows]), grad[rows, :, queries]
+            if grad_v is not None:
+                grad_v[rows] += weights.mT @ upper
+            scores = torch._softmax_backward_data(upper @ v[rows].mT, weights, -1, weights.dtype)
+            grad_q[rows, :, queries] = scores @ k[rows] * scale
+            if grad_k is not None:
+                grad_k[rows] += scores.mT @ q[rows, :, queries] * scale
+        return grad_q, grad_k, grad_v
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)); q is scaled first, since scores can exceed what half precision holds."""
+    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, -1)
+
+
+def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of rows and of queries whose scores take at most SLICE_BYTES, or one query's."""
+    rows, heads, n, _ = q.shape
+    queries = min(n, max(1, SLICE_BYTES // (heads * k.shape[2] * q.element_size())))
+    step = max(1, SLICE_BYTES // (heads * n * k.shape[2] * q.element_size()))
+    for row in range(0, rows, step):
+        for query in range(0, n, queries):
+            yield slice(row, row + step), slice(query, query + queries)
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not is_fused(q, k, v):
+        return _SlicedAttention.apply(q, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         # The backward pass takes up to eight times as long in bfloat16 as in float32 on the CPU.
         return F.scaled_dot_product_attention(_float(q), _float(k), _float(v)).to(q.dtype)

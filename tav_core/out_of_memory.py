@@ -8,7 +8,22 @@ from contextlib import contextmanager
 
 import torch
 
-_SIGNS = ("out of memory", "allocate memory", "unable to allocate", "alloc_failed", "bad_alloc")
+# As PyTorch, CUDA and HIP, Metal ("Invalid buffer size: 12.00 GiB"), DirectML ("There is not enough GPU video memory
+# available!") and Intel's Level Zero ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY") write it.
+_SIGNS = (
+    "out of memory",
+    "outofmemory",
+    "allocate memory",
+    "allocate tensor",
+    "unable to allocate",
+    "alloc_failed",
+    "bad_alloc",
+    "invalid buffer size",
+    "not enough gpu video memory",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "out_of_resources",
+)
 
 
 class OutOfMemoryError(RuntimeError):

@@ -11,14 +11,21 @@ from torch import Tensor
 
 
 def ddim_timesteps(steps: int, train_steps: int = 1000) -> list[int]:
-    """The ascending timesteps 1, 1 + r, 1 + 2r, ... with r = train_steps // steps.
+    """Return ascending timesteps of a DDIM trajectory, from 1.
 
-    Leading spacing with an offset of one, as the released DDIM scheduler is configured (steps_offset 1).
+    Where ``steps`` divides ``train_steps``: leading spacing 1, 1 + r, 1 + 2r, ... with r = train_steps / steps, as the
+    released DDIM scheduler is configured (steps_offset 1). For other numbers leading spacing ends short of noise
+    (600 of 1000 steps at 600), so they are spaced evenly from 1 to the last timestep. Raises ValueError for numbers
+    below 1 or above ``train_steps``.
     """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must lie between 1 and {train_steps}, not {steps}")
-    ratio = train_steps // steps
-    return [min(1 + i * ratio, train_steps - 1) for i in range(steps)]
+    last = train_steps - 1
+    if train_steps % steps == 0:
+        return [min(1 + i * (train_steps // steps), last) for i in range(steps)]
+    gaps = steps - 1
+    # In integers, halves rounded up: numbers that lie at least 1 apart stay apart.
+    return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(steps)]
 
 
 def inversion_sigmas(sigmas: Tensor, steps: int) -> Tensor:

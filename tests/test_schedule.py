@@ -17,7 +17,7 @@ SIGMAS = torch.linspace(0.03, 14.6, 1000)
 def test_fifty_steps_are_the_released_ones() -> None:
     assert schedule.ddim_timesteps(50) == list(range(1, 982, 20))
     assert schedule.ddim_timesteps(1000) == [*range(1, 1000), 999]
-    assert schedule.ddim_timesteps(3, 10) == [1, 4, 7]
+    assert schedule.ddim_timesteps(5, 10) == [1, 3, 5, 7, 9]
 
 
 def test_alpha_bars_are_those_that_the_sigmas_were_made_of() -> None:

@@ -9,6 +9,9 @@ CATEGORY = "Tune-A-Video"
 # Kept in an inverted LATENT beside its samples, so that a masked edit can keep the clip outside its mask.
 CLIP_KEY = "tav_clip"
 
+# What an inverted LATENT was made with; see ``wiring.made_with``.
+MADE_WITH_KEY = "tav_made_with"
+
 MotionType = io.Custom("TAV_MOTION")
 
 _TAKES_ALIASES = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}

@@ -4,7 +4,10 @@ Written against ComfyUI 0.3.64 and 0.26.0. The engine of November 2024 that PyPI
 attachments) runs the same code through ``set_model_unet_function_wrapper``.
 """
 
-from .clip import image_embeddings, text_embedding
+from .clip import (
+    image_embeddings,
+    text_embedding,
+)
 from .inflated_model import (
     InflationRecord,
     carried_motion,
@@ -13,11 +16,25 @@ from .inflated_model import (
     inflation_of,
     without_inflation,
 )
-from .inputs import check_conditioning, check_latent, check_prediction, check_single_prompt
-from .lend import WeightAndBias, check_lending, lent, resident_dtype
+from .inputs import (
+    check_conditioning,
+    check_latent,
+    check_prediction,
+    check_single_prompt,
+    left_out_of_tuning,
+    warn_of_small_clip,
+)
+from .lend import (
+    WeightAndBias,
+    check_lending,
+    lent,
+    resident_dtype,
+)
 from .memory import (
+    computes_bfloat16,
     evictable_memory,
     free_memory,
+    is_ram,
     offload_weights,
     put_models_aside,
     release_cached_memory,
@@ -36,9 +53,22 @@ from .model import (
     sigma_table,
     unet_of,
 )
-from .sampling import StepCallback, paste_masked, run_sampler
-from .stored import is_coarse, stored_tensors, weight_shape
-from .training import UNetConditions, latents_in, load_for_training, unet_conditions
+from .sampling import (
+    StepCallback,
+    paste_masked,
+    run_sampler,
+)
+from .stored import (
+    is_coarse,
+    stored_tensors,
+    weight_shape,
+)
+from .training import (
+    UNetConditions,
+    latents_in,
+    load_for_training,
+    unet_conditions,
+)
 
 __all__ = [
     "Conditioning",
@@ -55,6 +85,7 @@ __all__ = [
     "check_motion",
     "check_prediction",
     "check_single_prompt",
+    "computes_bfloat16",
     "context_width",
     "evictable_memory",
     "family",
@@ -64,7 +95,9 @@ __all__ = [
     "inflate_model",
     "inflation_of",
     "is_coarse",
+    "is_ram",
     "latents_in",
+    "left_out_of_tuning",
     "lent",
     "load_for_training",
     "model_scale",
@@ -81,6 +114,7 @@ __all__ = [
     "text_embedding",
     "unet_conditions",
     "unet_of",
+    "warn_of_small_clip",
     "weight_shape",
     "weights_on_device",
     "without_inflation",

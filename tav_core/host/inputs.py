@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ..errors import Refusal
 from .model import Conditioning, ModelPatcher, context_width, family
+
+# Side of the square that a family was trained at, in latent pixels.
+_NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
+PIXELS_PER_LATENT = 8
 
 
 def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
@@ -81,6 +86,19 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
         )
 
 
+def warn_of_small_clip(model: ModelPatcher, samples: Tensor) -> None:
+    """Log where a clip has less than a quarter of the area that the model's family was trained at."""
+    side, (height, width) = _NATIVE_SIDE.get(family(model), 0), samples.shape[-2:]
+    if height * width < side**2 / 4:
+        logging.warning(
+            "Tune-A-Video: the clip is %d x %d, and %s was trained at %d x %d: it knows little of pictures so small. "
+            "Load the clip larger.",
+            *(PIXELS_PER_LATENT * size for size in (width, height)),
+            family(model),
+            *(PIXELS_PER_LATENT * side,) * 2,
+        )
+
+
 def check_single_prompt(conditioning: Conditioning) -> None:
     """Refuse a CONDITIONING of several prompts, for a clip is tuned on exactly one (ValueError)."""
     if len(conditioning) != 1:
@@ -89,6 +107,27 @@ def check_single_prompt(conditioning: Conditioning) -> None:
             f"it holds {len(conditioning)} prompts, and a clip is tuned on exactly one",
             "Connect one CLIP Text Encode node directly, without Conditioning (Combine).",
         )
+
+
+def left_out_of_tuning(model: ModelPatcher, conditioning: Conditioning) -> list[str]:
+    """Name what is on a MODEL or a CONDITIONING and acts when sampling, but not when tuning.
+
+    Tuning is on the clip and its prompt alone. A ControlNet's hints or an attention patch would have to be
+    differentiable, and would teach the weights to rely on them.
+    """
+    options = [options for _, options in conditioning]
+    transformer_options = model.model_options.get("transformer_options", {})
+    found = {
+        "ControlNet": any(each.get("control") is not None for each in options),
+        "hooks": any(each.get("hooks") is not None for each in options),
+        "GLIGEN": any(each.get("gligen") is not None for each in options),
+        "area or mask": any(each.get("area") is not None or each.get("mask") is not None for each in options),
+        "patches of attention and blocks": any(
+            transformer_options.get(key) for key in ("patches", "patches_replace", "wrappers")
+        ),
+        "UNet wrapper": model.model_options.get("model_function_wrapper") is not None,
+    }
+    return [name for name, present in found.items() if present]
 
 
 def _hints(control: Any) -> int:

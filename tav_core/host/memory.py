@@ -5,12 +5,26 @@ from __future__ import annotations
 import comfy.model_management
 import torch
 
+from . import cgroup
 from .model import ModelPatcher
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that can still be allocated on a device."""
-    return float(comfy.model_management.get_free_memory(device))
+    """Return the bytes that can still be allocated on a device, within a container's limit where it is RAM."""
+    free = float(comfy.model_management.get_free_memory(device))
+    return min(free, cgroup.memory_left()) if is_ram(device) else free
+
+
+def is_ram(device: torch.device) -> bool:
+    """Say whether a device's memory is the system's, where the kernel kills a process that takes too much."""
+    if device.type == "cuda":
+        return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+    return device.type in ("cpu", "mps")
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Say whether the host computes in bfloat16 on a device."""
+    return bool(comfy.model_management.should_use_bf16(device))
 
 
 def offload_weights(model: ModelPatcher, size: float) -> float:

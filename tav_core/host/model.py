@@ -139,5 +139,5 @@ def model_scale(model: ModelPatcher) -> float:
 
 
 def inference_dtype(model: ModelPatcher) -> torch.dtype:
-    """Return the dtype in which the host computes the model."""
-    return model.model.manual_cast_dtype or model.model.get_dtype()
+    """Return the dtype in which the host computes the model, by ModelComputeDtype where that node is on it."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()

@@ -9,6 +9,7 @@ difference that tuning makes to a query projection, and ``<block>.attn_temp.to_q
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         temporary = Path(scratch, "motion")
         safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
         # It may be private to its owner; a model file is for whoever may read its folder.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, _mode_of_new_files(Path(scratch)))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -101,10 +102,14 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             os.close(folder)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_new_files(folder: Path) -> int:
+    """Return the permissions that a new file in ``folder`` gets.
+
+    Asking for the umask would change it for the whole process, and other threads write files meanwhile.
+    """
+    probe = folder / "probe"
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def load_motion(path: Path) -> Motion:

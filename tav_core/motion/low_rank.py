@@ -31,12 +31,13 @@ def compress(motion: Motion, rank: int) -> Motion:
     Metadata says how much is kept: 1 minus the squared relative error of all that tuning changed. Raises
     ValueError for a motion that does not know the seed of its temporal weights (an older file).
     """
-    if SEED_KEY not in motion.metadata:
+    seed = temporal_seed(motion)
+    if seed is None:
         raise ValueError(
             "rank: this motion does not say which random weights it began with, so it cannot be saved at a rank. "
             "Save it with rank 0, or tune again."
         )
-    initial = draw_temporal(_blocks(motion.tensors), int(motion.metadata[SEED_KEY]))
+    initial = draw_temporal(_blocks(motion.tensors), seed)
     tensors: dict[str, Tensor] = {}
     whole = lost = 0.0
     for key, value in motion.tensors.items():
@@ -54,6 +55,14 @@ def compress(motion: Motion, rank: int) -> Motion:
         KEPT_KEY: f"{1 - lost / whole if whole else 1:.4f}",
     }
     return Motion(tensors, metadata)
+
+
+def temporal_seed(motion: Motion) -> int | None:
+    """Return the seed that a motion's temporal weights were drawn from, None where it is not known."""
+    try:
+        return int(motion.metadata[SEED_KEY])
+    except (KeyError, ValueError):
+        return None
 
 
 def expand(motion: Motion) -> Motion:
@@ -116,10 +125,19 @@ def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rank + _OVERSAMPLING >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        # Its own generator, so that a file is the same whenever it is made.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_PASSES)
-        vh = v.mT
+        u, s, vh = _randomised_svd(matrix, rank + _OVERSAMPLING)
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous()
+
+
+def _randomised_svd(matrix: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u, s, vh of the largest ``size`` singular values (Halko et al., arXiv 0909.4061, algorithms 4.4, 5.1).
+
+    ``torch.svd_lowrank`` does the same from the global generators, and seeding them seeds every CUDA device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], size, generator=generator)).Q
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u, s, vh

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from .. import host
-from ..out_of_memory import is_out_of_memory
+from ..out_of_memory import OutOfMemoryError, is_out_of_memory
 
 _Result = TypeVar("_Result")
 
@@ -19,12 +19,13 @@ def retry_on_oom(work: Callable[[], _Result], reliefs: Sequence[Relief], during:
     """Return what ``work`` returns; while it runs out of memory, apply the first relief that has something to give.
 
     ``during``: names the work in the log, e.g. "in step 3". Raises the allocation's own error when no relief is left.
+    An OutOfMemoryError, which names an input, is final.
     """
     while True:
         try:
             return work()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
                 raise
             given_up = next((said for relief in reliefs if (said := relief())), "")
             if not given_up:

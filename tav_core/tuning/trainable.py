@@ -27,6 +27,19 @@ def in_scope(path: str, scope: TrainScope) -> bool:
     return scope == "all" or not path.startswith("input_blocks.")
 
 
+def trained_bytes(unet: torch.nn.Module, scope: TrainScope) -> int:
+    """Return the bytes of the weights that learn, float32, without building them."""
+    numbers = 0
+    for path, block in transformer_blocks(unet).items():
+        if in_scope(path, scope):
+            queries = (block.attn1.to_q, block.attn2.to_q)
+            inner, channels = queries[0].out_features, queries[0].in_features
+            numbers += (
+                sum(query.out_features * query.in_features for query in queries) + 4 * inner * channels + channels
+            )
+    return numbers * torch.float32.itemsize
+
+
 class CastingOperations:
     """``torch.nn`` layers that keep float32 weights and compute in the dtype of their input."""
 

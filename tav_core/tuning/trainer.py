@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..attention import SLICE_BYTES, is_fused
 from ..inflate import Inflation, Swap, swapped
 from ..motion.file import Motion
+from ..motion.low_rank import temporal_seed
 from ..out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..schedule import add_noise, alphas_cumprod, training_target
 from . import early_stop, memory_probe
@@ -25,7 +27,7 @@ from .pinned_copy import AsyncCopy, to_device
 from .preview_clip import reconstruct
 from .recompute import planned_forwards
 from .relief import retry_on_oom
-from .trainable import TrainScope, trainable_weights
+from .trainable import TrainScope, trainable_weights, trained_bytes
 from .training_unet import TrainingUNet
 
 # A run is over after this many steps in a row whose loss or gradient is not finite.
@@ -37,6 +39,9 @@ CHECK_INTERVAL = 5
 
 # The rest is for memory that the allocator cannot use, and for other programs on the device.
 SHARE_OF_FREE_MEMORY = 0.8
+
+# A weight that learns, its gradient and its two moments.
+_FIXED_COPIES = 4
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -90,7 +95,15 @@ class Trainer:
         self.unet, self.settings, self.inflation, self.patience = unet, settings, inflation, patience
         self._budget = memory_budget
         self._start = {} if start is None else {key: value.float() for key, value in start.tensors.items()}
-        self._weights = trainable_weights(unet, settings.train_scope, settings.seed, self._start)
+        # The seed that all temporal weights were drawn from; None where the start motion does not know its own.
+        self.temporal_seed = temporal_seed(start) if start is not None and start.temporal() else settings.seed
+        self._drawn_from = settings.seed if self.temporal_seed is None else self.temporal_seed
+        _check_fixed_memory(unet, settings.train_scope)
+        self._weights = retry_on_oom(
+            lambda: trainable_weights(unet, settings.train_scope, self._drawn_from, self._start),
+            (self._offload_weights,),
+            "at the start",
+        )
         self.trained = self._weights.trained
         self._parameters = list(self.trained.values())
         self._alpha_bars = alphas_cumprod(unet.sigmas).tolist()
@@ -152,7 +165,7 @@ class Trainer:
         try:
             return retry_on_oom(attempt, (self._drop_casts, self._shrink_plan, *self._reliefs()[1:]), during)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
                 "latent: out of memory, although all activations are recomputed. "
@@ -233,7 +246,14 @@ class Trainer:
         """Return the values that decide a run's result beside tensors; PyTorch's version, since its kernels do too."""
         unet = self.unet
         compute = [str(unet.dtype), unet.device.type, unet.prediction, torch.__version__]
-        return {"settings": asdict(self.settings), "inflation": asdict(self.inflation), "compute": compute}
+        # No step depends on how many follow: a run of more steps resumes from the end of a shorter one.
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        return {
+            "settings": settings,
+            "temporal_seed": self._drawn_from,
+            "inflation": asdict(self.inflation),
+            "compute": compute,
+        }
 
     def decisive_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that decide a run's result, by name."""
@@ -251,25 +271,25 @@ class Trainer:
         return 3 * sum(parameter.nbytes for parameter in self._parameters)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors and JSON values that the remaining steps depend on; for a finished run its result alone."""
+        """Return tensors and JSON values that further steps depend on, also those of a run of more steps."""
+        assert self._random_state is not None
+        self.optimizer.settle()
         tensors = {"history": self._history[:, : self.done]}
         tensors |= {f"weight.{key}": parameter.detach() for key, parameter in self.trained.items()}
-        if self.done < self.settings.steps:
-            assert self._random_state is not None
-            self.optimizer.settle()
-            tensors["random_state"] = self._random_state
-            for key, parameter in self.trained.items():
-                tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
+        tensors["random_state"] = self._random_state
+        for key, parameter in self.trained.items():
+            tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
         return tensors, {"schedule": self._schedule.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Resume from what ``state_dict`` returned in a run with the same inputs.
+        """Resume from what ``state_dict`` returned in a run with the same inputs but the number of steps.
 
-        A state from behind the step at which this run's patience is over is ignored.
+        A state from behind this run's last step, or from behind the step at which its patience is over, is ignored.
         """
         history = tensors["history"]
         done, end = history.shape[1], self._end_of_patience(history)
-        if end is not None and done > end:
+        if done > self.settings.steps or (end is not None and done > end):
+            logging.info("Tune-A-Video: an earlier run with the same inputs is longer; tuning starts from step 1")
             return
         with torch.no_grad():
             for key, parameter in self.trained.items():
@@ -277,8 +297,6 @@ class Trainer:
         self._history[:, :done] = history.to(self.unet.device)
         self.done = done
         logging.info("Tune-A-Video: an earlier run with the same inputs resumes after step %d", done)
-        if done == self.settings.steps:
-            return
         moments = {
             number: {name: tensors[f"{name}.{key}"] for name in _ADAMW_STATE if f"{name}.{key}" in tensors}
             for number, key in enumerate(self.trained)
@@ -384,8 +402,14 @@ class Trainer:
     def _fit_plan(self) -> Plan:
         """Plan for the budget; moves moments, then weights off the device where that is needed to fit."""
 
+        sample = torch.zeros(1, 1, 2, 8, device=self.unet.device, dtype=self.unet.dtype, requires_grad=True)
+        fused = is_fused(sample, sample, sample)
+        if not fused:
+            logging.info("Tune-A-Video: PyTorch has no fused attention here; attention runs in slices")
+        slices = 0 if fused else 3 * SLICE_BYTES
+
         def fitted() -> Plan:
-            moments, given = self.optimizer.resident_bytes, self._given()
+            moments, given = self.optimizer.resident_bytes, self._given() - slices
             if _has_own_memory(self.unet.device):
                 return make_plan(self.costs, given, moments)
             return make_plan(self.costs, given - moments)
@@ -397,6 +421,13 @@ class Trainer:
         if self._budget is None and not found.fits:
             host.offload_weights(self.unet.model, (found.bytes - found.budget) / SHARE_OF_FREE_MEMORY)
             found = replace(fitted(), offload=found.offload)
+        free = host.free_memory(self.unet.device)
+        if self._budget is None and host.is_ram(self.unet.device) and found.bytes > free:
+            raise OutOfMemoryError(
+                f"latent: tuning on it takes {found.bytes / 2**30:.2f} GiB although all activations are recomputed, "
+                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set train_scope "
+                "to middle and up, or close what else takes memory."
+            )
         if not found.fits:
             needed, given = found.bytes / 2**30, max(found.budget, 0.0) / 2**30
             logging.warning(
@@ -457,6 +488,24 @@ class Trainer:
         logging.info(
             "Tune-A-Video: predicted %.2f GiB for activations and gradients, measured %.2f", predicted, measured
         )
+
+
+def _check_fixed_memory(unet: TrainingUNet, scope: TrainScope) -> None:
+    """Refuse a tuning whose weights, gradients and moments exceed the free RAM (OutOfMemoryError).
+
+    Elsewhere an allocation fails and is answered. In RAM it succeeds, and the kernel kills the process later.
+    """
+    if not host.is_ram(unet.device):
+        return
+    needed, free = _FIXED_COPIES * trained_bytes(unet.module, scope), host.free_memory(unet.device)
+    if needed <= free:
+        return
+    smaller = _FIXED_COPIES * trained_bytes(unet.module, "middle and up") / 2**30
+    remedy = f"Set it to middle and up ({smaller:.2f} GiB), or close" if scope == "all" else "Close"
+    raise OutOfMemoryError(
+        f"train_scope: {scope} takes {needed / 2**30:.2f} GiB for the weights that learn, their gradients and AdamW's "
+        f"moments, and {free / 2**30:.2f} GiB of memory are free. {remedy} what else takes memory."
+    )
 
 
 def _has_own_memory(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..errors import Refusal
 from ..inflate import Inflation, Layout, Swap, inflated_forwards
 from ..out_of_memory import naming_input
 from ..temporal import TemporalLayer
@@ -88,6 +90,36 @@ class TrainingUNet:
         return self.module(x, t, context=rows(self.conditions.context), transformer_options={}, **extra).float()
 
 
+def can_scale_gradients(device: torch.device) -> bool:
+    """Say whether a GradScaler, which fp16 needs, works on a device: some lack the float64 that it reckons in."""
+    parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        scaler = torch.amp.GradScaler(device.type)
+        scaler.scale(parameter.detach())
+        scaler.unscale_(torch.optim.SGD([parameter], lr=0.0))
+    except (RuntimeError, TypeError, AssertionError):
+        return False
+    return True
+
+
+def _trainable_dtype(model: host.ModelPatcher, precision: torch.dtype | None) -> torch.dtype:
+    """Return the compute dtype. Raises ValueError for an explicit fp16 on a device that cannot be tuned in it."""
+    device, dtype = model.load_device, precision or host.inference_dtype(model)
+    if dtype != torch.float16 or can_scale_gradients(device):
+        return dtype
+    if precision is not None:
+        raise Refusal(
+            "precision",
+            f"fp16 cannot be tuned on this device ({device.type}): its gradients are scaled in float64, which the "
+            "device or this PyTorch lacks",
+            "Set it to auto, bf16 or fp32.",
+        )
+    instead = torch.bfloat16 if host.computes_bfloat16(device) else torch.float32
+    logging.warning("Tune-A-Video: fp16 cannot be tuned on this device; precision is %s", str(instead)[6:])
+    return instead
+
+
 @contextmanager
 def training_unet(
     model: host.ModelPatcher, latents: Tensor, conditioning: host.Conditioning, precision: torch.dtype | None = None
@@ -102,7 +134,9 @@ def training_unet(
     """
     host.check_model(model)
     with naming_input("latent", _NO_MEMORY):
-        dtype = precision or host.inference_dtype(model)
+        if left_out := host.left_out_of_tuning(model, conditioning):
+            logging.warning("Tune-A-Video: tuning runs without %s; sampling uses them", " and ".join(left_out))
+        dtype = _trainable_dtype(model, precision)
         host.load_for_training(model, latents.shape)
         with torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)

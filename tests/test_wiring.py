@@ -1,0 +1,105 @@
+"""Wiring mistakes get a sentence, and graphs that merely look odd run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.nodes.invert import DDIMInvert
+from tune_a_video.nodes.sample import TAVSample
+from tune_a_video.nodes.support.wiring import check_inverted, made_with
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.temporal import initial_temporal
+from unets import UNETS, build_model
+
+from nodes import LatentFromBatch, SetLatentNoiseMask
+
+pytestmark = pytest.mark.comfyui
+CLIP = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 0.18215
+PROMPT: list[Any] = [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1)), {}]]
+
+
+@pytest.fixture(autouse=True)
+def on_the_server() -> Any:
+    """Nodes run in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+def inflated(seed: int = 0, **options: Any) -> Any:
+    model = build_model(UNETS["tiny"])
+    motion = Motion(initial_temporal(host.unet_of(model), lambda path: True, seed))
+    return host.inflate_model(model, Inflation(**options), motion.to(torch.float16))
+
+
+def first(out: Any) -> dict[str, Any]:
+    return (out.args if hasattr(out, "args") else out.result)[0]
+
+
+def invert(model: Any, steps: int = 5, samples: Tensor = CLIP) -> dict[str, Any]:
+    return first(DDIMInvert.execute(model, {"samples": samples}, PROMPT, steps))
+
+
+def sample(model: Any, latent: dict[str, Any], steps: int = 5) -> dict[str, Any]:
+    return first(TAVSample.execute(model, PROMPT, PROMPT, latent, steps, 1.0, 0.0, 0))
+
+
+@pytest.mark.parametrize("samples", [CLIP, 1.5 * CLIP, torch.zeros_like(CLIP)], ids=["clean", "contrasty", "empty"])
+def test_a_latent_that_was_not_inverted_is_refused(samples: Tensor) -> None:
+    with pytest.raises(ValueError, match="latent: it was not inverted: .* Connect the output of DDIM Invert; .*bypass"):
+        sample(inflated(), {"samples": samples}, steps=20)
+
+
+def test_inverted_latents_from_anywhere_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    model = inflated()
+    inverted = invert(model)
+    sample(model, inverted)
+    (part,) = LatentFromBatch().frombatch(inverted, 0, 2)
+    sample(model, part)
+    (masked,) = SetLatentNoiseMask().set_mask(inverted, torch.ones(1, 64, 64))
+    edited = sample(model, masked)
+    assert set(edited) == {"samples"}
+    # Save Latent keeps the samples alone: noise of the first level.
+    noise = CLIP + 14.6 / 0.18215 * torch.randn(CLIP.shape, generator=torch.Generator().manual_seed(2))
+    sample(model, {"samples": noise}, steps=20)
+    assert "differ" not in caplog.text
+
+
+def test_few_steps_begin_at_noise_too_low_to_judge() -> None:
+    sample(inflated(), {"samples": CLIP}, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("other", "steps", "said"),
+    [
+        ({}, 4, "steps 5 and 4"),
+        ({"attention": "full"}, 5, "attention sparse-causal and full"),
+        ({"seed": 1}, 5, "another motion"),
+        ({}, 5, None),
+    ],
+)
+def test_inversion_and_sampling_that_differ_are_named(
+    other: dict[str, Any], steps: int, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample(inflated(**other), invert(inflated()), steps)
+    assert (f"inversion and sampling differ ({said})" in caplog.text) if said else "differ" not in caplog.text
+
+
+def test_another_familys_inversion_is_refused() -> None:
+    model = inflated()
+    latent = {"samples": CLIP, "tav_made_with": {**made_with(model, 5), "family": "SDXL"}}
+    with pytest.raises(ValueError, match="latent: it was inverted with SDXL .* Connect the same model"):
+        check_inverted(model, latent, 5)
+
+
+@pytest.mark.parametrize(("family", "side", "warned"), [("SD1", 16, True), ("SD1", 32, False), ("SDXL", 32, True)])
+def test_a_clip_far_below_the_familys_size_is_named(
+    family: str, side: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tune_a_video.tav_core.host.inputs.family", lambda model: family)
+    host.warn_of_small_clip(inflated(), torch.zeros(2, 4, side, side))
+    assert (f"the clip is {8 * side} x {8 * side}, and {family} was trained at" in caplog.text) == warned
