@@ -50,10 +50,16 @@ def _picture_stream(container: Any) -> Any:
     return streams[0] if streams else None
 
 
+def _prepare(context: Any, threads: int) -> None:
+    """Set a decoder's options. "unaligned" has it crop on the left to the pixel."""
+    context.options = {"max_pixels": str(MAX_PIXELS), "flags": "+unaligned"}
+    context.thread_type = "AUTO"
+    context.thread_count = threads
+
+
 def packets(path: str, most: int) -> Results:
     """Yield once what a clip's headers say, with pts, dts, duration and flags of ``most`` packets as int64."""
-    av.logging.set_level(av.logging.WARNING)
-    with av.logging.Capture(local=False) as log, _open(path) as container:
+    with _open(path) as container:
         stream = _picture_stream(container)
         found: dict[str, Any] = {
             "container": container.format.name,
@@ -62,12 +68,16 @@ def packets(path: str, most: int) -> Results:
         }
         table = array("q")
         if stream is not None:
-            with suppress(FFmpegError):  # the log says what
+            # A decoder's threads must not log to Python, which would wait for them: here nothing is decoded.
+            av.logging.set_level(av.logging.WARNING)
+            with av.logging.Capture(local=False) as log, suppress(FFmpegError):  # the log says what
                 for packet in islice(container.demux(stream), most):
                     if packet.size:
                         table.extend(_packet_row(packet))
+            av.logging.set_level(None)
+            found["cut"] = any(mark in line for _, _, line in log for mark in _CUT_SHORT)
             found |= _described(path, stream, container)
-        yield {**found, "cut": any(mark in line for _, _, line in log for mark in _CUT_SHORT)}, table.tobytes()
+        yield found, table.tobytes()
 
 
 def _packet_row(packet: Any) -> tuple[int, int, int, int]:
@@ -97,7 +107,7 @@ def _described(path: str, stream: Any, container: Any) -> dict[str, Any]:
 def _first_picture(path: str) -> tuple[_Picture, Any]:
     with _open(path) as container:
         stream = _picture_stream(container)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        _prepare(stream.codec_context, 1)
         for packet in islice(container.demux(stream), _FIRST_PACKETS):
             with suppress(FFmpegError):
                 for frame in packet.decode():
@@ -110,6 +120,7 @@ class _Picture:
 
     def __init__(self, frame: Any, stream: Any) -> None:
         self.frame, context = frame, stream.codec_context
+        self.coded_width = context.coded_width
         self.matrix, self.primaries, self.transfer = _colours(frame, context)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix is not None else (1, 0, 0, 0, 1)
@@ -131,7 +142,9 @@ class _Picture:
         """Tell whether an older FFmpeg, which decord brings, shows it alike."""
         tagged = self.frame.format.is_rgb or self.frame.colorspace == self.matrix or self.matrix == SMPTE170M
         upright = not self.turned and not any(self.flipped)
-        return tagged and upright and self.aspect == 1 and not self.needs_signal and _bits(self.frame) == 8
+        whole = self.coded_width == self.frame.width  # it crops on the left to multiples of 16 or so
+        bits = max(component.bits for component in self.frame.format.components)
+        return tagged and upright and whole and self.aspect == 1 and not self.needs_signal and bits == 8
 
     @property
     def header(self) -> dict[str, Any]:
@@ -173,8 +186,15 @@ class _Picture:
         if self.matrix != YCGCO or self.frame.format.is_rgb:
             return self._rgb("rgb48le")
         full = self.frame.color_range == _FULL
-        sizes = {"src_color_range": "JPEG", "dst_color_range": "JPEG", "interpolation": "BICUBIC"}
-        whole = self.frame.reformat(format="yuv444p16le", **sizes)
+        levels = "JPEG" if full else "MPEG"
+        whole = self.frame.reformat(  # to its own range and matrix: only the size of planes and numbers changes
+            format="yuv444p16le",
+            src_colorspace="ITU601",
+            dst_colorspace="ITU601",
+            src_color_range=levels,
+            dst_color_range=levels,
+            interpolation="BICUBIC",
+        )
         planes = [
             np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width] / 256 for plane in whole.planes
         ]
@@ -198,10 +218,6 @@ def _colours(frame: Any, context: Any) -> tuple[int, int, int]:
     return matrix, primaries, transfer
 
 
-def _bits(frame: Any) -> int:
-    return max(component.bits for component in frame.format.components)
-
-
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """Yield the frames that can be decoded."""
     context = stream.codec_context
@@ -219,9 +235,7 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
     left = set(wanted)
     with _open(path) as container:
         stream = _picture_stream(container)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        stream.codec_context.thread_type = "AUTO"
-        stream.codec_context.thread_count = _THREADS
+        _prepare(stream.codec_context, _THREADS)
         if seek is not None:
             container.seek(seek, stream=stream)
         for number, frame in enumerate(_decoded(container, stream)):
@@ -269,17 +283,21 @@ class _Waveform:
         self.begin, self.duration = begin, duration
         self.samples: np.ndarray | None = None
         self.rate, self.heard = 0, False
+        self._layout: Any = None
         self._at: int | None = None
+        self._resamplers: dict[Any, Any] = {}
 
     def is_full_with(self, frame: Any) -> bool:
         """Put a frame where its time says; return whether it reaches the end."""
         if self.samples is None:
-            self.rate = frame.sample_rate
-            self.samples = np.zeros((len(frame.layout.channels), round(self.duration * self.rate)), np.float32)
-        heard = _as_float(frame)
-        placed = round((frame.time - self.begin) * self.rate)
+            self.rate, self._layout = frame.sample_rate, frame.layout
+            shape = frame.layout.nb_channels, round(self.duration * self.rate)
+            self.samples = np.zeros(shape, np.float32)
+        heard = self._as_float(frame)
+        time = self.begin if frame.time is None else frame.time
+        placed = round((time - self.begin) * self.rate)
         # Time stamps are rounded: only what is off by more than a tenth of a second is a gap.
-        if self._at is None or abs(placed - self._at) > self.rate / 10:
+        if self._at is None or (frame.time is not None and abs(placed - self._at) > self.rate / 10):
             self._at = placed
         first, last = max(self._at, 0), min(self._at + heard.shape[1], self.samples.shape[1])
         if first < last:
@@ -288,14 +306,23 @@ class _Waveform:
         self._at += heard.shape[1]
         return self._at >= self.samples.shape[1]
 
-
-def _as_float(frame: Any) -> np.ndarray:
-    """Return a frame's samples as float32 [channels, samples] in -1..1."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, len(frame.layout.channels)).T
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if samples.dtype.kind == "i":
-        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    return samples.astype(np.float32)
+    def _as_float(self, frame: Any) -> np.ndarray:
+        """Return a frame's samples as float32 [channels, samples] in -1..1, at the first frame's rate and channels."""
+        channels = frame.layout.nb_channels
+        same = (frame.sample_rate, channels) == (self.rate, self._layout.nb_channels)
+        # PyAV reads planes beyond the last one where there are eight or more.
+        if not same or (frame.format.is_planar and channels >= 8):
+            setup = frame.format.name, frame.sample_rate, channels
+            if setup not in self._resamplers:
+                self._resamplers[setup] = av.AudioResampler("flt", self._layout, self.rate)
+            parts = [np.zeros((1, 0), np.float32)]
+            parts += [part.to_ndarray() for part in self._resamplers[setup].resample(frame)]
+            return np.concatenate(parts, axis=1).reshape(-1, self._layout.nb_channels).T
+        samples = frame.to_ndarray()
+        if not frame.format.is_planar:
+            samples = samples.reshape(-1, channels).T
+        if samples.dtype == np.uint8:
+            return (samples.astype(np.float32) - 128) / 128
+        if samples.dtype.kind == "i":
+            return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
+        return samples.astype(np.float32)

@@ -15,6 +15,12 @@ from .select import MAX_SIDE
 
 PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
+# What files of the containers that are read (``av_reader.CONTAINERS``) are called; web/js/upload.js repeats it.
+EXTENSIONS = tuple(
+    f".{name}"
+    for name in "3g2 3gp asf avi divx f4v flv gif m1v m2t m2ts m2v m4v mk3d mkv mov mp4 mpeg mpg mts mxf ogm ogv qt ts"
+    " vob webm wmv".split()
+)
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 
@@ -75,7 +81,9 @@ def probe(path: str | Path) -> VideoInfo:
     except TimeLimitError:
         reason = f"'{name}' could not be read within {PROBE_LIMIT} seconds"
         raise Refusal("file", reason, "Cut out the part you need first.") from None
-    except (CannotReadError, StopIteration):
+    except (CannotReadError, StopIteration) as error:
+        if str(error).startswith(("ModuleNotFoundError", "ImportError")):
+            raise RuntimeError(f"PyAV cannot be used ({error}). Install ComfyUI's requirements again.") from None
         raise _not_a_video(name) from None
     if not found["picture"] and found["sound"]:
         raise Refusal("file", f"'{name}' holds sound but no video", "Choose a file with a video track.")
