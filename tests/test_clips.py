@@ -524,8 +524,8 @@ def test_colours_and_times_come_back(tmp_path: Path, name: str, fps: float) -> N
     clip = load_clip(tmp_path / name, frame_count=0, resize="keep")
     assert len(clip.images) == 40 and furthest(shown_patches(clip)) <= 4
     assert len(clip.images) / clip.fps == pytest.approx(40 / fps, abs=0.02)
-    probed = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / name], capture_output=True, text=True)
-    assert "tv, bt709" in probed.stderr
+    look = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-i", tmp_path / name]
+    assert "tv, bt709" in subprocess.run(look, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr
 
 
 @pytest.mark.parametrize("program", ["not there", "no program"])
