@@ -771,9 +771,10 @@ def test_real_clips(shared_videos: list[Path]) -> None:
         found = len(info.times), info.width, info.height, pytest.approx(info.fps, rel=1e-6), info.has_audio
         assert found == expected[path.name]
         assert info.plain == (path.name != "man-skiing.mp4")  # 718 pixels wide, coded as 720
-        indices = range(5, info.first_group, 20) if info.plain else range(0)
-        pairs = zip(decode.decord_frames(info, indices), decode.av_frames(info, indices), strict=True)
-        assert all((a == b).all() for (_, a), (_, b) in pairs), path.name
+        if info.plain:
+            indices = range(5, info.first_group, 20)
+            pairs = zip(decode.decord_frames(info, indices), decode.av_frames(info, indices), strict=True)
+            assert all((a == b).all() for (_, a), (_, b) in pairs), path.name
         clip = load_clip(path, 0, "seconds", 24, 2)
         assert clip.images.shape == (24, 512, 512, 3)
         assert clip.fps == pytest.approx(info.fps / 2)
