@@ -313,7 +313,7 @@ def test_the_rate_is_that_of_the_kept_part(tmp_path: Path) -> None:
         (0.0, 10, 1, 10),
         (2.0, 10, 1, 40),
         (1.0, 5, 2, 5),
-        (2.0, 5, 4, 10),
+        (2.0, 4, 4, 10),
         (1.5, 10, 1, 10 / 0.625),
     ]:
         clip = load_clip(path, start, "seconds", count, step, 64, 48)

@@ -30,8 +30,9 @@ _PREROLL = 0.25  # seconds that sound decoders need before what they give is rig
 UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020 = 2, 1, 6, 8, 9
 PQ, HLG, LINEAR = 16, 18, 8
 WIDE_PRIMARIES = (BT2020, 11, 12)  # DCI-P3, Display P3
-# Matrix -> what swscale calls it. BT.601 for all others, as swscale has it.
-_MATRICES = {BT709: "ITU709", 4: "FCC", 7: "SMPTE240M", BT2020: "BT2020", 10: "BT2020"}
+# Matrix -> its number in swscale. BT.601 for all others, as swscale has it.
+_SWS_BT601 = 5
+_MATRICES = {BT709: 1, 4: 4, 7: 7, BT2020: 9, 10: 9}
 _MATRIX_OF_PRIMARIES = {BT709: BT709, 4: 4, 5: SMPTE170M, 6: SMPTE170M, 7: 7, BT2020: BT2020}
 _LIMITED, _FULL = 1, 2
 
@@ -171,7 +172,7 @@ class _Picture:
         full = frame.color_range == _FULL or frame.format.name.startswith("yuvj") or grey
         pixels = frame.reformat(
             format=name,
-            src_colorspace=_MATRICES.get(self.matrix, "ITU601"),
+            src_colorspace=_MATRICES.get(self.matrix, _SWS_BT601),
             src_color_range="JPEG" if full else "MPEG",
             dst_color_range="JPEG",
             interpolation="BICUBIC",
@@ -185,24 +186,20 @@ class _Picture:
     def _signal(self) -> np.ndarray:
         if self.matrix != YCGCO or self.frame.format.is_rgb:
             return self._rgb("rgb48le")
-        full = self.frame.color_range == _FULL
-        levels = "JPEG" if full else "MPEG"
-        whole = self.frame.reformat(  # to its own range and matrix: only the size of planes and numbers changes
+        whole = self.frame.reformat(  # one matrix for both: the planes keep their meaning
             format="yuv444p16le",
-            src_colorspace="ITU601",
-            dst_colorspace="ITU601",
-            src_color_range=levels,
-            dst_color_range=levels,
+            src_colorspace=_SWS_BT601,
+            dst_colorspace=_SWS_BT601,
+            src_color_range="JPEG" if self.frame.color_range == _FULL else "MPEG",
+            dst_color_range="MPEG",
             interpolation="BICUBIC",
         )
         planes = [
             np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width] / 256 for plane in whole.planes
         ]
-        luma, green, orange = planes[0], planes[1] - 128, planes[2] - 128
-        if not full:
-            luma, green, orange = (luma - 16) * 255 / 219, green * 255 / 224, orange * 255 / 224
+        luma, green, orange = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
         rest = luma - green
-        return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 255) * 257).round().astype(np.uint16)
+        return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 1) * 65535).round().astype(np.uint16)
 
 
 def _colours(frame: Any, context: Any) -> tuple[int, int, int]:
