@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from ..tav_core.errors import Refusal
 from ..tav_core.media.clip import load_clip
+from ..tav_core.media.probe import EXTENSIONS
 from ..tav_core.media.select import MAX_SIDE, RESIZE_MODES, SIDE_MULTIPLE, START_UNITS
 from .support.memory import memory_explained
 from .support.types import CATEGORY, search_aliases
@@ -26,6 +27,9 @@ class LoadVideo(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         folder = folder_paths.get_input_directory()
         files = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+        # The system's table of types knows not all of them, and takes .ts for another's.
+        known = {name for name in files if name.lower().endswith(EXTENSIONS)}
+        known |= set(folder_paths.filter_files_content_types(files, ["video"]))
         return io.Schema(
             node_id="TAV_LoadVideo",
             display_name="Load Video (Tune-A-Video)",
@@ -35,7 +39,7 @@ class LoadVideo(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=sorted(folder_paths.filter_files_content_types(files, ["video"])),
+                    options=sorted(known),
                     upload=io.UploadType.video,
                     tooltip="A video of the input folder. Upload one with the button, or drop it here.",
                 ),
@@ -150,15 +154,21 @@ class LoadVideo(io.ComfyNode):
 
 
 def _input_file(name: Any) -> str:
-    """Return the path of a file of the input folder. Raises Refusal if there is none, or if it lies elsewhere."""
+    """Return the path of a file of the input folder, or of the one that the name's end says: [output] or [temp].
+
+    Raises Refusal if there is none, or if it lies elsewhere.
+    """
     if not _is_name(name):
         raise Refusal("file", f"{name!r} is not the name of a file", "Choose one from the list or upload one.")
-    folder = os.path.realpath(folder_paths.get_input_directory())
-    path = os.path.realpath(folder_paths.get_annotated_filepath(name))
-    if not Path(path).is_relative_to(folder):
-        raise Refusal("file", f"'{name}' is outside the input folder", "Copy it there, or upload it.")
+    # Not get_annotated_filepath, which on newer hosts has words of its own for names that lead elsewhere.
+    bare, base = folder_paths.annotated_filepath(name)
+    base = base or folder_paths.get_input_directory()
+    path = os.path.realpath(os.path.join(base, bare))
+    kind = next((kind for kind in ("output", "temp") if name.endswith(f"[{kind}]")), "input")
+    if not Path(path).is_relative_to(os.path.realpath(base)):
+        raise Refusal("file", f"'{name}' is outside the {kind} folder", "Copy it there, or upload it.")
     if not os.path.isfile(path):
-        raise Refusal("file", f"'{name}' is not in the input folder", "Upload it again, or choose another one.")
+        raise Refusal("file", f"'{name}' is not in the {kind} folder", "Upload it again, or choose another one.")
     return path
 
 

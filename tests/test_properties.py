@@ -26,15 +26,22 @@ TIMES = GAPS.map(lambda gaps: [math.fsum(gaps[:number]) for number in range(len(
 
 
 @patient
-@given(TIMES, st.floats(0, 100), st.sampled_from(select.START_UNITS), st.integers(0, 50), st.integers(1, 10))
+@given(
+    TIMES,
+    st.floats(1e-3, 5.0),
+    st.floats(0, 100),
+    st.sampled_from(select.START_UNITS),
+    st.integers(0, 50),
+    st.integers(1, 10),
+)
 def test_selected_frames_are_every_stepth_from_the_start(
-    times: list[float], start: float, unit: str, count: int, step: int
+    times: list[float], last: float, start: float, unit: str, count: int, step: int
 ) -> None:
-    fps = (len(times) - 1) / times[-1] if times[-1] else 1.0
+    end = times[-1] + last
     try:
-        chosen = select.select_frames(times, fps, start, unit, count, step)
+        chosen = select.select_frames(times, end, start, unit, count, step)
     except ValueError as error:
-        late = round(start) >= len(times) if unit == "frames" else start > times[-1] + 0.5 / fps
+        late = round(start) >= len(times) if unit == "frames" else start >= end
         assert late and str(error).startswith("start: ")
         return
     assert 0 <= chosen[0] and chosen[-1] < len(times)

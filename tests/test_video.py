@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -93,13 +94,12 @@ DECORD_READS = [
     "open.mkv",
     "long.mkv",
     "plain.webm",
-    "odd.mp4",
-    "ten.mp4",
     "full.mp4",
     "alpha.webm",
     "alpha.mov",
 ]
-DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4"]
+# Containers that it numbers otherwise, colours that its scaler rounds otherwise, widths that are cropped.
+DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4", "ten.mp4", "odd.mp4"]
 
 
 # --- which frames --------------------------------------------------------------------------------
@@ -121,18 +121,18 @@ DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4"]
 )
 def test_selection(start: float, unit: str, count: int, step: int, expected: list[int]) -> None:
     times = [i / 10 for i in range(20)]
-    assert select.select_frames(times, 10, start, unit, count, step) == expected
+    assert select.select_frames(times, 2.0, start, unit, count, step) == expected
 
 
 def test_selection_of_a_varying_rate_goes_by_time() -> None:
     times = [0.0, 0.1, 0.2, 1.0, 2.0, 3.0]
-    assert select.select_frames(times, 2, 1.9, "seconds", 2, 1) == [4, 5]
+    assert select.select_frames(times, 4.0, 1.9, "seconds", 2, 1) == [4, 5]
 
 
 @pytest.mark.parametrize(("start", "unit"), [(20, "frames"), (2.0, "seconds"), (1e9, "frames"), (1e9, "seconds")])
 def test_no_frame_left(start: float, unit: str) -> None:
     with pytest.raises(ValueError, match=r"^start: no frame is left .* 20 frames \(2\.00 seconds\): give"):
-        select.select_frames([i / 10 for i in range(20)], 10, start, unit, 4, 1)
+        select.select_frames([i / 10 for i in range(20)], 2.0, start, unit, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_resize_of_a_real_frame(tmp_path: Path) -> None:
 
 
 def test_keep_leaves_pixels_as_they_are(clips: dict[str, Path]) -> None:
-    (frame,) = decode.av_frames(probe.probe(clips["odd.mp4"]), [21])  # 97x63
+    ((_, frame),) = decode.av_frames(probe.probe(clips["odd.mp4"]), [21])  # 97x63
     kept = load_clip(clips["odd.mp4"], 21, "frames", 1, resize="keep").images[0]
     assert torch.equal(kept, torch.from_numpy(frame[3:59, 0:96].copy()).float() / 255)
 
@@ -244,11 +244,9 @@ def test_exact_frames(clips: dict[str, Path], name: str, without_decord: bool, m
 @pytest.mark.parametrize("name", DECORD_READS)
 def test_both_readers_give_the_same_pixels(clips: dict[str, Path], name: str) -> None:
     info = probe.probe(clips[name])
-    indices = range(9, 40, 7)
+    indices = range(1, info.first_group, 3)
     pairs = zip(decode.decord_frames(info, indices), decode.av_frames(info, indices), strict=True)
-    difference = np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in pairs])
-    # The two come with different versions of ffmpeg's scaler, which round 10-bit colours differently.
-    assert difference.mean() < 2 if name == "ten.mp4" else not difference.any()
+    assert all((a == b).all() for (_, a), (_, b) in pairs)
 
 
 @pytest.mark.parametrize("name", DECORD_ERRS)
@@ -306,7 +304,7 @@ def test_too_many_frames_are_refused_without_listing_them(
 
     def counted(*arguments: object, **options: object) -> Iterator[tuple[dict, bytes]]:
         for header, table in read(*arguments, **options):
-            listed.append(len(table) // 24)
+            listed.append(len(table) // 32)
             yield header, table
 
     monkeypatch.setattr(probe, "read", counted)
@@ -324,23 +322,23 @@ def test_sound_that_would_fill_the_memory_is_left_out(
     assert "do not fit in memory" in caplog.text
 
 
-def test_ffmpeg_jumps_to_a_far_start(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PASSED_OVER", 30)
-    with pytest.raises(CannotReadError, match="31 frames would be decoded in vain"):
-        next(decode.decord_frames(probe.probe(clips["open.mp4"]), [31]))
-    assert numbers(load_clip(clips["open.mp4"], 31, "frames", 9, 2, resize="keep").images) == [*range(31, 49, 2)]
+@pytest.mark.parametrize("name", ["open.mp4", "open.mkv", "long.mkv"])
+def test_a_far_start_is_jumped_to(clips: dict[str, Path], name: str) -> None:
+    info = probe.probe(clips[name])
+    if name != "long.mkv":
+        with pytest.raises(CannotReadError, match="may not be exact"):
+            next(decode.decord_frames(info, [31]))
+    assert numbers(load_clip(clips[name], 31, "frames", 9, 2, resize="keep").images) == [*range(31, 49, 2)]
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
-def test_rotation_is_undone_alike(tmp_path: Path, angle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_is_undone(tmp_path: Path, angle: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path, turned = make_clip(tmp_path / "a.mp4", count=6), tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", str(angle), "-i", path, "-c", "copy", turned)
     info = probe.probe(turned)
     assert (info.width, info.height) == ((HEIGHT, WIDTH) if angle % 180 else (WIDTH, HEIGHT))
-    by_decord = np.stack(list(decode.decord_frames(info, range(6))))
-    by_ffmpeg = np.stack(list(decode.av_frames(info, range(6))))
-    assert (by_decord == by_ffmpeg).all()
-    upright = np.rot90(by_ffmpeg, k=-angle // 90, axes=(1, 2))  # the tag counts anticlockwise
+    shown = np.stack([frame for _, frame in decode.av_frames(info, range(6))])
+    upright = np.rot90(shown, k=-angle // 90, axes=(1, 2))  # the tag counts anticlockwise
     assert numbers(torch.from_numpy(upright.copy()).float() / 255) == list(range(6))
 
 
@@ -612,7 +610,7 @@ def test_round_trip(tmp_path: Path, extension: str, floor: float, size: tuple[in
     assert (info.width, info.height) == padded
     assert len(info.times) == 7
     assert info.fps == pytest.approx(fps, rel=0.12 if extension == "gif" else 1e-3)  # gif: hundredths of a second
-    frames = np.stack(list(decode.av_frames(info, range(7))))
+    frames = np.stack([frame for _, frame in decode.av_frames(info, range(7))])
     back = torch.from_numpy(frames).float()[:, : size[1], : size[0]] / 255
     assert psnr(back, images) > floor
     assert os.listdir(tmp_path) == [path.name]
@@ -772,9 +770,11 @@ def test_real_clips(shared_videos: list[Path]) -> None:
         info = probe.probe(path)
         found = len(info.times), info.width, info.height, pytest.approx(info.fps, rel=1e-6), info.has_audio
         assert found == expected[path.name]
-        indices = range(5, len(info.times), 20)
-        pairs = zip(decode.decord_frames(info, indices), decode.av_frames(info, indices), strict=True)
-        assert all((a == b).all() for a, b in pairs), path.name
+        assert info.plain == (path.name != "man-skiing.mp4")  # 718 pixels wide, coded as 720
+        if info.plain:
+            indices = range(5, info.first_group, 20)
+            pairs = zip(decode.decord_frames(info, indices), decode.av_frames(info, indices), strict=True)
+            assert all((a == b).all() for (_, a), (_, b) in pairs), path.name
         clip = load_clip(path, 0, "seconds", 24, 2)
         assert clip.images.shape == (24, 512, 512, 3)
         assert clip.fps == pytest.approx(info.fps / 2)
@@ -851,16 +851,63 @@ def test_paths_outside_the_input_folder_are_refused(nodes: SimpleNamespace, inpu
         str(outside),
         "link.mp4",
         "away/secret.mp4",
-        "clip.mp4 [output]",
         "x/../../secret.mp4",
     ):
         assert check(file=name) == f"'{name}' is outside the input folder. Copy it there, or upload it."
         with pytest.raises(ValueError, match="is outside the input folder"):
             nodes.LoadVideo.execute(name, 0.0, "seconds", 4, 1, 64, 64, "fit")
+    for kind in ("output", "temp"):
+        assert check(file=f"../secret.mp4 [{kind}]").startswith(
+            f"'../secret.mp4 [{kind}]' is outside the {kind} folder."
+        )
+    assert check(file="clip.mp4 [output]") is True
+    assert check(file="clip.mp4 [temp]").startswith("'clip.mp4 [temp]' is not in the temp folder.")
     for name in ("a\0b.mp4", "", 5, "a\ud800b.mp4"):
         assert check(file=name).endswith("is not the name of a file. Choose one from the list or upload one.")
     for name in ("gone.mp4", "folder/gone.mp4"):
         assert check(file=name) == f"'{name}' is not in the input folder. Upload it again, or choose another one."
+
+
+@pytest.mark.comfyui
+def test_files_of_the_output_folder_load(nodes: SimpleNamespace, input_folder: Path, clips: dict[str, Path]) -> None:
+    for kind in ("output", "temp"):
+        (input_folder.parent / kind).mkdir(exist_ok=True)
+        (input_folder.parent / kind / "made.mp4").write_bytes(clips["plain.mp4"].read_bytes())
+        name = f"made.mp4 [{kind}]"
+        assert nodes.LoadVideo.validate_inputs(file=name) is True and nodes.LoadVideo.fingerprint_inputs(file=name)
+        images = nodes.LoadVideo.execute(name, 3, "frames", 2, 1, 96, 64, "keep").args[0]
+        assert numbers(images) == [3, 4]
+
+
+@pytest.mark.comfyui
+def test_hosts_words_for_other_folders_are_not_heard(
+    nodes: SimpleNamespace, input_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer hosts raise by themselves in get_annotated_filepath."""
+
+    def raising(*_: object) -> str:
+        raise ValueError("the host's words")
+
+    monkeypatch.setattr(nodes.folder_paths, "get_annotated_filepath", raising)
+    assert nodes.LoadVideo.validate_inputs(file="../x.mp4").startswith("'../x.mp4' is outside the input folder.")
+    assert nodes.LoadVideo.validate_inputs(file="clip.mp4") is True
+
+
+@pytest.mark.comfyui
+def test_the_list_has_what_can_be_read_whatever_the_system_calls_it(
+    nodes: SimpleNamespace, input_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes.folder_paths, "filter_files_content_types", lambda files, kinds: [])
+    names = ["a.mkv", "b.m4v", "c.MTS", "d.ts", "e.m2ts", "f.flv", "g.gif", "h.WMV", "i.3gp", "j.mxf"]
+    for name in [*names, "notes.txt", "photo.png", "sound.wav", "mkv"]:
+        (input_folder / name).touch()
+    assert nodes.LoadVideo.define_schema().inputs[0].options == sorted([*names, "clip.mp4"])
+
+
+def test_the_button_takes_what_the_list_does() -> None:
+    script = (Path(__file__).parent.parent / "web" / "js" / "upload.js").read_text()
+    listed = script[script.index("const EXTENSIONS") : script.index("split")]
+    assert tuple(re.findall(r"\.\w+", listed)) == probe.EXTENSIONS
 
 
 @pytest.mark.comfyui

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,14 +23,20 @@ _CUT_SHORT = ("partial file", "ended prematurely")
 _COVERS = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, AV_DISPOSITION_TIMED_THUMBNAILS
 _THREADS = 4
 _FIRST_PACKETS = 100  # that may pass before the first frame
+_MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
 
-# FFmpeg's AVColorSpace -> the matrix that swscale is told. BT.601 for all others, as swscale has it.
-_MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
-_FULL_RANGE = 2
-_FULL_RANGE_FORMATS = ("yuvj", "gray", "ya")
+# Numbers of FFmpeg's enumerations (ITU-T H.273).
+UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020 = 2, 1, 6, 8, 9
+PQ, HLG, LINEAR = 16, 18, 8
+WIDE_PRIMARIES = (BT2020, 11, 12)  # DCI-P3, Display P3
+# Matrix -> its number in swscale. BT.601 for all others, as swscale has it.
+_SWS_BT601 = 5
+_MATRICES = {BT709: 1, 4: 4, 7: 7, BT2020: 9, 10: 9}
+_MATRIX_OF_PRIMARIES = {BT709: BT709, 4: 4, 5: SMPTE170M, 6: SMPTE170M, 7: 7, BT2020: BT2020}
+_LIMITED, _FULL = 1, 2
 
-Results = Iterator[tuple[dict[str, Any], bytes]]
+Results = Iterator[tuple[dict[str, Any], Any]]  # a header and, as bytes, what it is of
 
 
 def _open(path: str) -> Any:
@@ -44,10 +51,16 @@ def _picture_stream(container: Any) -> Any:
     return streams[0] if streams else None
 
 
+def _prepare(context: Any, threads: int) -> None:
+    """Set a decoder's options. "unaligned" has it crop on the left to the pixel."""
+    context.options = {"max_pixels": str(MAX_PIXELS), "flags": "+unaligned"}
+    context.thread_type = "AUTO"
+    context.thread_count = threads
+
+
 def packets(path: str, most: int) -> Results:
-    """Yield once what a clip's headers say, with pts, dts and flags of its packets as int64, at most ``most``."""
-    av.logging.set_level(av.logging.WARNING)
-    with av.logging.Capture(local=False) as log, _open(path) as container:
+    """Yield once what a clip's headers say, with pts, dts, duration and flags of ``most`` packets as int64."""
+    with _open(path) as container:
         stream = _picture_stream(container)
         found: dict[str, Any] = {
             "container": container.format.name,
@@ -56,46 +69,150 @@ def packets(path: str, most: int) -> Results:
         }
         table = array("q")
         if stream is not None:
-            with suppress(FFmpegError):  # the log says what
+            # A decoder's threads must not log to Python, which would wait for them: here nothing is decoded.
+            av.logging.set_level(av.logging.WARNING)
+            with av.logging.Capture(local=False) as log, suppress(FFmpegError):  # the log says what
                 for packet in islice(container.demux(stream), most):
                     if packet.size:
                         table.extend(_packet_row(packet))
+            av.logging.set_level(None)
+            found["cut"] = any(mark in line for _, _, line in log for mark in _CUT_SHORT)
             found |= _described(path, stream, container)
-        yield {**found, "cut": any(mark in line for _, _, line in log for mark in _CUT_SHORT)}, table.tobytes()
+        yield found, table.tobytes()
 
 
-def _packet_row(packet: Any) -> tuple[int, int, int]:
+def _packet_row(packet: Any) -> tuple[int, int, int, int]:
     pts = packet.dts if packet.pts is None else packet.pts
     dts = packet.pts if packet.dts is None else packet.dts
     flags = KEY * packet.is_keyframe | CORRUPT * packet.is_corrupt | DISCARDED * packet.is_discard
-    return pts or 0, dts or 0, flags
+    return pts or 0, dts or 0, packet.duration or 0, flags
 
 
 def _described(path: str, stream: Any, container: Any) -> dict[str, Any]:
     rate, unit, context = stream.average_rate, stream.time_base, stream.codec_context
-    size = (context.width, context.height) if context else (0, 0)
+    first: dict[str, Any] = {"shown": [context.width, context.height] if context else [0, 0]}
+    plain, begin = False, None
+    with suppress(FFmpegError, ValueError):
+        picture, frame = _first_picture(path)
+        first, plain, begin = picture.header, picture.is_plain, frame.pts
     return {
-        "size": size[::-1] if _quarter_turns(_first_frame(path)) % 2 else size,
+        "first": first,
+        "plain": plain,
+        "begin": begin,
         "rate": [rate.numerator, rate.denominator] if rate else None,
         "unit": [unit.numerator, unit.denominator],
         "origin": round((container.start_time or 0) / av.time_base / unit),
     }
 
 
-def _first_frame(path: str) -> Any:
-    with suppress(FFmpegError, ValueError), _open(path) as container:
+def _first_picture(path: str) -> tuple[_Picture, Any]:
+    with _open(path) as container:
         stream = _picture_stream(container)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        _prepare(stream.codec_context, 1)
         for packet in islice(container.demux(stream), _FIRST_PACKETS):
             with suppress(FFmpegError):
                 for frame in packet.decode():
-                    return frame
-    return None
+                    return _Picture(frame, stream), frame
+    raise ValueError("no frame can be decoded")
 
 
-def _quarter_turns(frame: Any) -> int:
-    """Return how many quarter turns anticlockwise bring a frame upright."""
-    return round(frame.rotation / 90) % 4 if frame is not None else 0
+class _Picture:
+    """How a frame is to be shown: its size, shape, position and colours."""
+
+    def __init__(self, frame: Any, stream: Any) -> None:
+        self.frame, context = frame, stream.codec_context
+        self.coded_width = context.coded_width
+        self.matrix, self.primaries, self.transfer = _colours(frame, context)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix is not None else (1, 0, 0, 0, 1)
+        # Other angles than quarter turns are rounded to them, as players do.
+        self.turned = abs(b) > abs(a)
+        self.flipped = (c < 0, b < 0) if self.turned else (a < 0, d < 0)  # horizontally, vertically
+        same_size = (frame.width, frame.height) == (stream.width, stream.height)
+        aspect = float((stream if same_size else context).sample_aspect_ratio or 1)
+        self.aspect = aspect if 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT else 1.0
+
+    @property
+    def needs_signal(self) -> bool:
+        """Tell whether its colours need more than swscale does."""
+        special = self.transfer in (PQ, HLG, LINEAR) or self.primaries in WIDE_PRIMARIES
+        return special or (self.matrix == YCGCO and not self.frame.format.is_rgb)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether an older FFmpeg, which decord brings, shows it alike."""
+        tagged = self.frame.format.is_rgb or self.frame.colorspace == self.matrix or self.matrix == SMPTE170M
+        upright = not self.turned and not any(self.flipped)
+        whole = self.coded_width == self.frame.width  # it crops on the left to multiples of 16 or so
+        bits = max(component.bits for component in self.frame.format.components)
+        return tagged and upright and whole and self.aspect == 1 and not self.needs_signal and bits == 8
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Return its size in pixels, the size that it is shown at, and for 16 bits its colours' tags."""
+        size = [self.frame.width, self.frame.height]
+        shown = [max(1, round(size[0] * self.aspect)), size[1]]
+        if self.turned:
+            size, shown = size[::-1], shown[::-1]
+        found = {"width": size[0], "height": size[1], "shown": shown}
+        return found | ({"transfer": self.transfer, "primaries": self.primaries} if self.needs_signal else {})
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Return it upright [h, w, 3]: uint8 as it is shown, or uint16 as it is coded where colours need more."""
+        pixels = self._signal() if self.needs_signal else self._rgb("rgb24")
+        if self.turned:
+            pixels = pixels.transpose(1, 0, 2)
+        horizontally, vertically = self.flipped
+        return pixels[:: -1 if vertically else 1, :: -1 if horizontally else 1]
+
+    def _rgb(self, name: str) -> np.ndarray:
+        frame = self.frame
+        grey = frame.format.name.startswith(("gray", "ya"))
+        full = frame.color_range == _FULL or frame.format.name.startswith("yuvj") or grey
+        pixels = frame.reformat(
+            format=name,
+            src_colorspace=_MATRICES.get(self.matrix, _SWS_BT601),
+            src_color_range="JPEG" if full else "MPEG",
+            dst_color_range="JPEG",
+            interpolation="BICUBIC",
+        ).to_ndarray()
+        if grey and frame.color_range == _LIMITED:  # swscale takes grey for full range
+            top = np.iinfo(pixels.dtype).max
+            limited = (pixels / top * 255 - 16) / 219
+            pixels = (limited.clip(0, 1) * top).round().astype(pixels.dtype)
+        return pixels
+
+    def _signal(self) -> np.ndarray:
+        if self.matrix != YCGCO or self.frame.format.is_rgb:
+            return self._rgb("rgb48le")
+        whole = self.frame.reformat(  # one matrix for both: the planes keep their meaning
+            format="yuv444p16le",
+            src_colorspace=_SWS_BT601,
+            dst_colorspace=_SWS_BT601,
+            src_color_range="JPEG" if self.frame.color_range == _FULL else "MPEG",
+            dst_color_range="MPEG",
+            interpolation="BICUBIC",
+        )
+        planes = [
+            np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width] / 256 for plane in whole.planes
+        ]
+        luma, green, orange = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
+        rest = luma - green
+        return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 1) * 65535).round().astype(np.uint16)
+
+
+def _colours(frame: Any, context: Any) -> tuple[int, int, int]:
+    """Return matrix, primaries and transfer, guessed as players do where the clip does not say."""
+    matrix, primaries, transfer = frame.colorspace, context.color_primaries, context.color_trc
+    if primaries == UNSPECIFIED and transfer in (PQ, HLG):
+        primaries = BT2020
+    if matrix in (12, 13):  # derived from the primaries
+        matrix = _MATRIX_OF_PRIMARIES.get(primaries, UNSPECIFIED)
+    if matrix in (0, UNSPECIFIED, 3):
+        high = frame.width >= 1280 or frame.height > 576
+        matrix = _MATRIX_OF_PRIMARIES.get(primaries, BT709 if high else SMPTE170M)
+    return matrix, primaries, transfer
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
@@ -107,7 +224,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Results:
-    """Yield frames as rgb24, turned upright.
+    """Yield frames as they are to be shown, see ``_Picture``.
 
     ``wanted``: their times in the stream's unit if they are ``timed``, else their numbers, both increasing; ``seek``:
     where to begin in the file, a key frame's decoding time.
@@ -115,30 +232,18 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
     left = set(wanted)
     with _open(path) as container:
         stream = _picture_stream(container)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        stream.codec_context.thread_type = "AUTO"
-        stream.codec_context.thread_count = _THREADS
+        _prepare(stream.codec_context, _THREADS)
         if seek is not None:
             container.seek(seek, stream=stream)
         for number, frame in enumerate(_decoded(container, stream)):
             place = frame.pts if timed else number
             if place in left:
                 left.remove(place)
-                pixels = np.rot90(_rgb(frame), _quarter_turns(frame))
-                yield {"width": pixels.shape[1], "height": pixels.shape[0]}, pixels.tobytes()
+                picture = _Picture(frame, stream)
+                pixels = np.ascontiguousarray(picture.pixels)
+                yield picture.header, pixels.data.cast("B")
             if not left:
                 return
-
-
-def _rgb(frame: Any) -> np.ndarray:
-    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith(_FULL_RANGE_FORMATS)
-    return frame.reformat(
-        format="rgb24",
-        src_colorspace=_MATRICES.get(frame.colorspace, "ITU601"),
-        src_color_range="JPEG" if full else "MPEG",
-        dst_color_range="JPEG",
-        interpolation="BICUBIC",
-    ).to_ndarray()
 
 
 def sound(path: str, start: float, duration: float) -> Results:
@@ -175,17 +280,21 @@ class _Waveform:
         self.begin, self.duration = begin, duration
         self.samples: np.ndarray | None = None
         self.rate, self.heard = 0, False
+        self._layout: Any = None
         self._at: int | None = None
+        self._resamplers: dict[Any, Any] = {}
 
     def is_full_with(self, frame: Any) -> bool:
         """Put a frame where its time says; return whether it reaches the end."""
         if self.samples is None:
-            self.rate = frame.sample_rate
-            self.samples = np.zeros((len(frame.layout.channels), round(self.duration * self.rate)), np.float32)
-        heard = _as_float(frame)
-        placed = round((frame.time - self.begin) * self.rate)
+            self.rate, self._layout = frame.sample_rate, frame.layout
+            shape = frame.layout.nb_channels, round(self.duration * self.rate)
+            self.samples = np.zeros(shape, np.float32)
+        heard = self._as_float(frame)
+        time = self.begin if frame.time is None else frame.time
+        placed = round((time - self.begin) * self.rate)
         # Time stamps are rounded: only what is off by more than a tenth of a second is a gap.
-        if self._at is None or abs(placed - self._at) > self.rate / 10:
+        if self._at is None or (frame.time is not None and abs(placed - self._at) > self.rate / 10):
             self._at = placed
         first, last = max(self._at, 0), min(self._at + heard.shape[1], self.samples.shape[1])
         if first < last:
@@ -194,14 +303,23 @@ class _Waveform:
         self._at += heard.shape[1]
         return self._at >= self.samples.shape[1]
 
-
-def _as_float(frame: Any) -> np.ndarray:
-    """Return a frame's samples as float32 [channels, samples] in -1..1."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, len(frame.layout.channels)).T
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if samples.dtype.kind == "i":
-        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    return samples.astype(np.float32)
+    def _as_float(self, frame: Any) -> np.ndarray:
+        """Return a frame's samples as float32 [channels, samples] in -1..1, at the first frame's rate and channels."""
+        channels = frame.layout.nb_channels
+        same = (frame.sample_rate, channels) == (self.rate, self._layout.nb_channels)
+        # PyAV reads planes beyond the last one where there are eight or more.
+        if not same or (frame.format.is_planar and channels >= 8):
+            setup = frame.format.name, frame.sample_rate, channels
+            if setup not in self._resamplers:
+                self._resamplers[setup] = av.AudioResampler("flt", self._layout, self.rate)
+            parts = [np.zeros((1, 0), np.float32)]
+            parts += [part.to_ndarray() for part in self._resamplers[setup].resample(frame)]
+            return np.concatenate(parts, axis=1).reshape(-1, self._layout.nb_channels).T
+        samples = frame.to_ndarray()
+        if not frame.format.is_planar:
+            samples = samples.reshape(-1, channels).T
+        if samples.dtype == np.uint8:
+            return (samples.astype(np.float32) - 128) / 128
+        if samples.dtype.kind == "i":
+            return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
+        return samples.astype(np.float32)

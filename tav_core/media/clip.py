@@ -43,7 +43,7 @@ def load_clip(
     check_selection(start, start_unit, frame_count, frame_step)
     check_size(width, height, resize)
     info = probe(path)
-    indices = select_frames(info.times, info.fps, start, start_unit, frame_count, frame_step)
+    indices = select_frames(info.times, info.end, start, start_unit, frame_count, frame_step)
     if len(indices) < frame_count:
         logging.warning(
             "%s: %d frames are left after start and frame_step, fewer than frame_count %d",
@@ -52,7 +52,11 @@ def load_clip(
             frame_count,
         )
     images = read_frames(info, indices, width, height, resize, progress)
-    fps = info.fps / frame_step
-    begin, end = info.times[indices[0]], info.times[indices[-1]] + 1 / fps
-    audio = read_audio(info, begin, end - begin) if info.has_audio else None
+    begin, end = info.span(indices, frame_step)
+    fps = len(indices) / (end - begin)
+    stated = info.fps / frame_step
+    # Times are rounded: a rate that agrees with them is the exact one.
+    if abs(len(indices) / stated - (end - begin)) <= 1.5 * info.tick:
+        fps = stated
+    audio = read_audio(info, begin, len(indices) / fps) if info.has_audio else None
     return Clip(images, fps, audio)

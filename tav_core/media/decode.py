@@ -6,51 +6,61 @@ import importlib.util
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from ..errors import Refusal
 from ..out_of_memory import mentions_oom
+from .colour import Colours, to_bt709_
 from .probe import VideoInfo
 from .process import CannotReadError, read
 from .select import fitted_size, source_box
 
 DECODE_LIMIT = 900  # seconds
-MAX_PASSED_OVER = 300  # frames; above that PyAV, which can jump to a key frame, is the faster reader
 
 Progress = Callable[[int, int], None]  # frames done, frames in all; may raise to stop
-Frames = Generator[np.ndarray, None, None]  # [h, w, 3] uint8
+Frames = Generator[tuple[dict[str, Any], np.ndarray], None, None]  # a picture's header, [h, w, 3] uint8 or uint16
 
 
 def read_frames(
     info: VideoInfo, indices: Sequence[int], width: int, height: int, resize: str, progress: Progress | None = None
 ) -> Tensor:
-    """Decode the frames with these indices (increasing by one step): [F, H, W, 3] float32 in 0..1.
+    """Decode the frames with these indices (increasing by one step): [F, H, W, 3] float32 in 0..1, as BT.709.
 
-    Each frame is resized as it is decoded (Lanczos, antialiased), so that only the result is held in memory.
-    Raises Refusal if the result would not fit in memory, or if the file's frames cannot be decoded, MemoryError
-    if the decoder itself ran out of memory.
+    Each frame is resized as it is decoded (Lanczos, antialiased), so that only the result is held in memory. Where
+    size or shape change midway, the first frame's hold. Raises Refusal if the result would not fit in memory, or if
+    the file's frames cannot be decoded, MemoryError if the decoder itself ran out of memory.
     """
-    source = info.width, info.height
-    target = fitted_size(source, width, height, resize)
-    _check_memory(len(indices), target)
-    box = source_box(source, target, resize)
-    images = torch.empty(len(indices), target[1], target[0], 3)
+    _check_memory(len(indices), fitted_size((info.width, info.height), width, height, resize))
     done, reason = 0, ""
     for reader in (decord_frames, av_frames):
         done = 0
+        colours: dict[Colours, list[int]] = {}
         try:
             with closing(reader(info, indices)) as frames:
-                for frame in frames:
-                    resized = Image.fromarray(frame).resize(target, Image.Resampling.LANCZOS, box=box)
-                    images[done] = torch.from_numpy(np.array(resized)).float().div_(255)
+                for header, frame in frames:
+                    shown = header["shown"][0], header["shown"][1]
+                    if not done:
+                        first, target = shown, fitted_size(shown, width, height, resize)
+                        images = torch.empty(len(indices), target[1], target[0], 3)
+                    # "keep" is the first frame's size: others are scaled to it.
+                    mode = "crop to fill" if resize == "keep" and shown != first else resize
+                    box = source_box(shown, target, mode)
+                    x, y = header["width"] / shown[0], header["height"] / shown[1]
+                    images[done] = resized(frame, target, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+                    if "transfer" in header:
+                        colours.setdefault((header["transfer"], header["primaries"]), []).append(done)
                     done += 1
                     if progress:
                         progress(done, len(indices))
+            for tags, numbers in colours.items():
+                to_bt709_(images, numbers, *tags)
             return images
         except CannotReadError as error:
             reason = str(error)
@@ -76,38 +86,45 @@ def _check_memory(count: int, size: tuple[int, int]) -> None:
         )
 
 
+def resized(frame: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    """Scale the part ``box`` of a frame [h, w, 3], uint8 or uint16, to (width, height): [height, width, 3] in 0..1."""
+    if frame.dtype == np.uint8:
+        picture = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, box=box)
+        return torch.from_numpy(np.array(picture)).float().div_(255)
+    channels = rearrange(frame.astype(np.float32), "h w c -> c h w")
+    scaled = [Image.fromarray(each).resize(size, Image.Resampling.LANCZOS, box=box) for each in channels]
+    return torch.from_numpy(rearrange(np.array(scaled), "c h w -> h w c")).div_(65535).clamp_(0, 1)
+
+
 def decord_frames(info: VideoInfo, indices: Sequence[int]) -> Frames:
-    """Yield frames by decord. Raises CannotReadError where it is not installed, not exact, or slow."""
+    """Yield frames by decord. Raises CannotReadError where it is not installed or not exact.
+
+    Its FFmpeg is of 2018, and it scales every picture to the size of the first: later groups of pictures, which may
+    have another size, and all that takes more than a conversion to RGB are left to PyAV.
+    """
     if importlib.util.find_spec("decord") is None:  # there is none for this platform
         raise CannotReadError("decord is not installed")
-    if not info.keys:
-        raise CannotReadError("its frame numbers would be wrong")
-    passed_over = indices[-1] + 1 - len(indices)
-    if passed_over > MAX_PASSED_OVER:
-        raise CannotReadError(f"{passed_over} frames would be decoded in vain")
+    if not info.plain or indices[-1] >= info.first_group:
+        raise CannotReadError("it may not be exact")
     wanted = [indices[0], indices[-1] + 1, indices[1] - indices[0] if len(indices) > 1 else 1]
-    yield from _frames(
-        info, "decord", len(indices), width=info.width, height=info.height, count=len(info.times), wanted=wanted
-    )
+    size = {"width": info.width, "height": info.height}
+    yield from _frames(info, "decord", len(indices), count=len(info.times), wanted=wanted, **size)
 
 
 def av_frames(info: VideoInfo, indices: Sequence[int]) -> Frames:
     """Yield the same frames by PyAV, from the last key frame before them on."""
     key = max((key for key in info.keys if key[0] <= indices[0]), default=(0, 0))
     wanted = list(indices) if info.pts is None else [info.pts[index] for index in indices]
-    yield from _frames(
-        info, "av", len(indices), wanted=wanted, timed=info.pts is not None, seek=key[1] if key[0] else None
-    )
+    timed, seek = info.pts is not None, key[1] if key[0] else None
+    yield from _frames(info, "av", len(indices), wanted=wanted, timed=timed, seek=seek)
 
 
 def _frames(info: VideoInfo, library: str, expected: int, **arguments: object) -> Frames:
-    picture_bytes = info.width * info.height * 3
+    picture_bytes = info.width * info.height * 6
     done = 0
     for header, pixels in read(library, "frames", DECODE_LIMIT, picture_bytes, path=info.path, **arguments):
-        size = header["height"], header["width"]
-        if size != (info.height, info.width):
-            raise CannotReadError(f"a frame of {size[1]}x{size[0]}")
-        yield np.frombuffer(pixels, np.uint8).reshape(*size, 3)
+        shape = header["height"], header["width"], 3
+        yield header, np.frombuffer(pixels, np.uint16 if "transfer" in header else np.uint8).reshape(shape)
         done += 1
     if done < expected:
         raise CannotReadError("it ends early")

@@ -25,4 +25,4 @@ def frames(path: str, width: int, height: int, count: int, wanted: list[int]) ->
         pixels = frame.asnumpy()
         if pixels.shape != (height, width, 3):
             raise ValueError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]}")
-        yield {"width": width, "height": height}, pixels.tobytes()
+        yield {"width": width, "height": height, "shown": [width, height]}, pixels.tobytes()

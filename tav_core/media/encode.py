@@ -30,6 +30,9 @@ from .process import last_line
 from .sound import Audio
 
 FORMATS = ("mp4", "webm", "gif")
+_MOST_CHANNELS = 8
+# ffmpeg takes three and four channels for layouts that Opus does not have.
+_OPUS_LAYOUTS = {3: "channelmap=map=0|1|2:channel_layout=3.0", 4: "channelmap=map=0|1|2|3:channel_layout=quad"}
 ENCODE_LIMIT = 1800  # seconds after the last frame was handed over
 
 
@@ -58,20 +61,23 @@ def save_clip(
     frames, height, width = images.shape[:3]
     pad = (height % 2, width % 2) if kind == "mp4" else (0, 0)
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    layout_options: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo"]
+        command = [_ffmpeg(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo"]
         command += ["-pix_fmt", "rgb24", "-s", f"{width + pad[1]}x{height + pad[0]}", "-r", str(rate)]
         command += ["-i", "pipe:0"]
         if audio is not None and kind == "gif":
             logging.info("%s: gif has no sound, it is left out", path.name)
-        elif audio is not None:
-            command += _audio_input(audio, frames / rate, Path(scratch) / "sound.f32")
+        elif audio is not None and (sound := _waveform(audio, path.name)) is not None:
+            command += _audio_input(*sound, frames / rate, Path(scratch) / "sound.f32")
+            if kind == "webm" and len(sound[0]) in _OPUS_LAYOUTS:
+                layout_options = ["-af", _OPUS_LAYOUTS[len(sound[0])]]
         if metadata and kind != "gif":
             # In a file, because a workflow can be longer than a command line may be.
             tags = Path(scratch) / "tags.txt"
             tags.write_text(_ffmetadata(metadata), encoding="utf-8")
             command += ["-f", "ffmetadata", "-i", _file_url(tags), "-map_metadata", str(command.count("-i"))]
-        command += [*_codec_options(kind, quality), _file_url(partial)]
+        command += [*_codec_options(kind, quality), *layout_options, _file_url(partial)]
         try:
             _run_encoder(command, images, pad, path.name, progress)
             if metadata and kind == "gif":
@@ -79,6 +85,21 @@ def save_clip(
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _ffmpeg() -> str:
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise _no_ffmpeg(error) from None
+
+
+def _no_ffmpeg(error: Exception) -> RuntimeError:
+    reason = str(error).strip().split("\n")[0]
+    return RuntimeError(
+        f"No ffmpeg can be started, and nothing was saved ({reason}). Install imageio-ffmpeg again, or set"
+        " IMAGEIO_FFMPEG_EXE to the path of an ffmpeg, and restart ComfyUI."
+    )
 
 
 def _file_url(path: Path) -> str:
@@ -106,19 +127,33 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
             )
 
 
-def _audio_input(audio: Audio, seconds: Fraction, raw: Path) -> list[str]:
-    """ffmpeg's options for the sound as one more input; writes its samples to the file `raw`."""
-    waveform, sample_rate = audio["waveform"], int(audio["sample_rate"])
-    if waveform.ndim != 3 or waveform.shape[1] < 1 or sample_rate < 1 or not torch.isfinite(waveform).all():
+def _waveform(audio: Audio, name: str) -> tuple[Tensor, int] | None:
+    """Return an AUDIO's sound [channels, samples] and its rate, None where it has none. Raises Refusal for no sound."""
+    try:
+        waveform, rate = audio["waveform"], audio["sample_rate"]
+    except Exception as error:  # other packs' mappings read a file when they are asked, which may have no sound
+        logging.warning("%s: its sound cannot be read and is left out (%s)", name, error)
+        return None
+    shape = list(getattr(waveform, "shape", []))
+    if len(shape) == 3 and 0 in shape:
+        return None
+    if len(shape) != 3 or not rate >= 1 or not torch.isfinite(waveform).all():
         raise Refusal(
             "audio",
-            f"a waveform of shape {list(waveform.shape)} at {sample_rate} Hz is not sound [1, channels, samples]"
-            " without NaN",
+            f"a waveform of shape {shape} at {rate} Hz is not sound [1, channels, samples] without NaN",
             "Connect another AUDIO, or none.",
         )
-    heard = waveform[0, :, : ceil(seconds * sample_rate)].detach().float().cpu()
+    heard = waveform[0].detach().float().cpu()
+    if len(heard) > _MOST_CHANNELS:  # more than formats have names for
+        heard = heard.mean(0, keepdim=True)
+    return heard, round(rate)
+
+
+def _audio_input(heard: Tensor, rate: int, seconds: Fraction, raw: Path) -> list[str]:
+    """Return ffmpeg's options for the sound as one more input; write its samples to the file ``raw``."""
+    heard = heard[:, : ceil(seconds * rate)]
     raw.write_bytes(rearrange(heard, "c n -> n c").numpy().astype("<f4").tobytes())
-    return ["-f", "f32le", "-ar", str(sample_rate), "-ac", str(heard.shape[0]), "-i", _file_url(raw)]
+    return ["-f", "f32le", "-ar", str(rate), "-ac", str(len(heard)), "-i", _file_url(raw)]
 
 
 def _ffmetadata(metadata: Mapping[str, Any]) -> str:
@@ -134,7 +169,7 @@ def _codec_options(kind: str, quality: int) -> list[str]:
         palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=diff_mode=rectangle"
         return ["-filter_complex", palette, "-loop", "0"]
     # Untagged video is taken for BT.709 or BT.601, depending on its size and the player: say which it is.
-    colours = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
+    colours = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p"
     colours += ",setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
     options = ["-vf", colours]
     if kind == "webm":
@@ -151,7 +186,12 @@ def _run_encoder(
     command: list[str], images: Tensor, pad: tuple[int, int], name: str, progress: Progress | None
 ) -> None:
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)  # noqa: S603
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)  # noqa: S603
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise
+            raise _no_ffmpeg(error) from error
         assert process.stdin is not None
         try:
             for done, frame in enumerate(images, 1):

@@ -15,6 +15,12 @@ from .select import MAX_SIDE
 
 PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
+# What files of the containers that are read (``av_reader.CONTAINERS``) are called; web/js/upload.js repeats it.
+EXTENSIONS = tuple(
+    f".{name}"
+    for name in "3g2 3gp asf avi divx f4v flv gif m1v m2t m2ts m2v m4v mk3d mkv mov mp4 mpeg mpg mts mxf ogm ogv qt ts"
+    " vob webm wmv".split()
+)
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 
@@ -24,8 +30,10 @@ class VideoInfo:
     """A clip as `probe` found it.
 
     ``width``, ``height``: pixels as displayed; ``fps``: mean frames a second; ``times``: seconds of each frame, in
-    display order; ``pts``: the same in the file's unit, None if the file has no usable ones; ``keys``: number and
-    decoding time of each frame where decoding can begin, empty if the container does not find them exactly.
+    display order; ``end``: when the last one ends; ``tick``: seconds that times are rounded to; ``pts``: times in the
+    file's unit, None if it has no usable ones; ``keys``: number and decoding time of each frame where decoding can
+    begin, empty if the container does not find them exactly; ``plain``: whether pictures need nothing but a conversion
+    to RGB.
     """
 
     path: str
@@ -33,13 +41,32 @@ class VideoInfo:
     height: int
     fps: float
     times: tuple[float, ...]
+    end: float
+    tick: float
     pts: tuple[int, ...] | None
     keys: tuple[tuple[int, int], ...]
     has_audio: bool
+    plain: bool
 
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+    @property
+    def first_group(self) -> int:
+        """How many frames the first group of pictures has, 0 where that is not known."""
+        return [*(key for key, _ in self.keys[1:2]), len(self.times)][0] if self.keys else 0
+
+    def span(self, indices: Sequence[int], step: int) -> tuple[float, float]:
+        """Return when frames with these indices, increasing by ``step``, begin and end, in seconds.
+
+        The last one lasts until the next one at that step; where the clip ends before, as if it went on.
+        """
+        return self.times[indices[0]], self._time(indices[-1] + step)
+
+    def _time(self, index: int) -> float:
+        beyond = index - len(self.times)
+        return self.times[index] if beyond < 0 else self.end + beyond / self.fps
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -54,51 +81,69 @@ def probe(path: str | Path) -> VideoInfo:
     except TimeLimitError:
         reason = f"'{name}' could not be read within {PROBE_LIMIT} seconds"
         raise Refusal("file", reason, "Cut out the part you need first.") from None
-    except (CannotReadError, StopIteration):
+    except (CannotReadError, StopIteration) as error:
+        if str(error).startswith(("ModuleNotFoundError", "ImportError")):
+            raise RuntimeError(f"PyAV cannot be used ({error}). Install ComfyUI's requirements again.") from None
         raise _not_a_video(name) from None
     if not found["picture"] and found["sound"]:
         raise Refusal("file", f"'{name}' holds sound but no video", "Choose a file with a video track.")
     if not found["picture"]:
         raise _not_a_video(name)
-    packets = np.frombuffer(table, np.int64).reshape(-1, 3)
+    packets = np.frombuffer(table, np.int64).reshape(-1, 4)
     if len(packets) > MAX_FRAMES:
         raise Refusal("file", f"'{name}' has more than {MAX_FRAMES} frames", "Cut out the part you need first.")
-    if found["cut"] or (len(packets) and packets[-1, 2] & CORRUPT):
+    if found["cut"] or (len(packets) and packets[-1, 3] & CORRUPT):
         raise Refusal("file", f"'{name}' is truncated: its end is missing", "Upload or download it again.")
-    width, height = found["size"]
+    width, height = found["first"]["shown"]
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise Refusal(
             "file",
             f"'{name}' is {width}x{height} pixels large",
             f"At most {MAX_SIDE} a side and {MAX_PIXELS / 1e6:.0f} million in all are read: make it smaller first.",
         )
-    # An edit list hides frames that others need for decoding: they are never displayed.
-    shown = packets[packets[:, 2] & DISCARDED == 0]
-    shown = shown[np.argsort(shown[:, 0], kind="stable")]
+    shown = _shown(packets, found["begin"])
     if not len(shown) or not (width and height):
         raise Refusal(
             "file",
             f"'{name}' has no frames that can be read ({len(shown)} of {width}x{height} pixels)",
             "Convert it to mp4 and try again.",
         )
-    numerator, denominator = found["unit"]
-    times = [(int(pts) - found["origin"]) * numerator / denominator for pts in shown[:, 0]]
-    fps = frame_rate(found["rate"], times)
-    pts: tuple[int, ...] | None = tuple(shown[:, 0].tolist())
-    if (np.diff(shown[:, 0]) <= 0).any():  # some containers store no usable times
-        times, pts = [number / fps for number in range(len(times))], None
-    exact = pts is not None and found["container"].startswith(("mov", "matroska"))
-    keys = np.flatnonzero(shown[:, 2] & KEY) if exact else np.arange(0)
+    tick = found["unit"][0] / found["unit"][1]
+    timed = bool((np.diff(shown[:, 0]) > 0).all())
+    if timed:
+        times = [(int(pts) - found["origin"]) * found["unit"][0] / found["unit"][1] for pts in shown[:, 0]]
+        fps = frame_rate(found["rate"], times)
+        end = times[-1] + (int(shown[-1, 2]) * tick or 1 / fps)
+    else:  # some containers store no usable times
+        fps = frame_rate(found["rate"], [])
+        times, end = [number / fps for number in range(len(shown))], len(shown) / fps
+    exact = timed and found["container"].startswith(("mov", "matroska"))
     return VideoInfo(
-        full,
-        width,
-        height,
-        fps,
-        tuple(times),
-        pts,
-        tuple((int(key), int(shown[key, 1])) for key in keys),
-        found["sound"],
+        path=full,
+        width=width,
+        height=height,
+        fps=fps,
+        times=tuple(times),
+        end=end,
+        tick=tick,
+        pts=tuple(shown[:, 0].tolist()) if timed else None,
+        keys=tuple((int(key), int(shown[key, 1])) for key in np.flatnonzero(shown[:, 3] & KEY) if exact),
+        has_audio=found["sound"],
+        plain=found["plain"],
     )
+
+
+def _shown(packets: np.ndarray, begin: int | None) -> np.ndarray:
+    """Return the rows of the frames that are displayed, in their order. ``begin``: pts of the first decoded frame."""
+    # An edit list hides frames that others need for decoding.
+    shown = packets[packets[:, 3] & DISCARDED == 0]
+    shown = shown[np.argsort(shown[:, 0], kind="stable")]
+    # Recordings of broadcasts begin with frames that lack the ones they refer to.
+    if begin is not None and (shown[:, 0] == begin).any():
+        shown = shown[shown[:, 0] >= begin]
+    # Of frames at one time, players show one. Many of them mean that the file has no usable times.
+    distinct = shown[np.unique(shown[:, 0], return_index=True)[1]]
+    return distinct if len(distinct) > 0.9 * len(shown) else shown
 
 
 def _not_a_video(name: str) -> Refusal:

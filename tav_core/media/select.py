@@ -27,26 +27,25 @@ def check_selection(start: float, start_unit: str, frame_count: int, frame_step:
 
 
 def select_frames(
-    times: Sequence[float], fps: float, start: float, start_unit: str, frame_count: int, frame_step: int
+    times: Sequence[float], end: float, start: float, start_unit: str, frame_count: int, frame_step: int
 ) -> list[int]:
     """Return the indices of the frames to keep: every ``frame_step``-th from ``start``, at most ``frame_count``.
 
-    ``frame_count`` 0 keeps all. ``times``: seconds of each frame in display order; ``fps``: mean frames a second.
+    ``frame_count`` 0 keeps all. ``times``: seconds of each frame in display order; ``end``: when the last one ends.
     ``start`` in seconds takes the frame nearest to it, in frames a number from 0. Raises Refusal if no frame is left.
     """
     if start_unit == "frames":
         first = round(start)
-    elif start > times[-1] + 0.5 / fps:
+    elif start >= end:
         first = len(times)
     else:
         first = _nearest(times, start)
     kept = list(range(first, len(times), frame_step))
     if not kept:
-        seconds = times[-1] + 1 / fps
         raise Refusal(
             "start",
             f"no frame is left from {start:g} {start_unit} on",
-            f"The clip has {len(times)} frames ({seconds:.2f} seconds): give an earlier start.",
+            f"The clip has {len(times)} frames ({end:.2f} seconds): give an earlier start.",
         )
     return kept[:frame_count] if frame_count else kept
 
