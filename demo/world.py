@@ -94,6 +94,9 @@ class Backdrop(NamedTuple):
     layout: tuple[float, float] = (-1.0, -1.0)
 
 
+_AS_IT_IS = Backdrop()
+
+
 class Camera(NamedTuple):
     """The middle of what is seen, in pixels from the middle of the world, and how much it is enlarged."""
 
@@ -192,7 +195,7 @@ def accessory_shapes(sprite: Sprite) -> list[NDArray[np.float64]]:
     return []
 
 
-def background(name: str, texture: int, backdrop: Backdrop = Backdrop(), size: int = SIZE) -> Picture:
+def background(name: str, texture: int, backdrop: Backdrop = _AS_IT_IS, size: int = SIZE) -> Picture:
     """Draw a background [size, size, 3] in 0..255."""
     random = np.random.default_rng(texture)
     y, x = np.mgrid[:size, :size].astype(np.float32)

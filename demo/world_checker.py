@@ -202,7 +202,7 @@ def _fit(positive: Mask, unknown: Mask, patterned: bool) -> _Fit:
     area = float(positive.sum())
     radii = np.array([radius for _, radius, _, _ in named])
     guess = np.sqrt(area / 2.2)
-    chosen = np.flatnonzero((radii > 0.8 * guess) & (radii < max(1.5 * guess, 8.2)))
+    chosen = np.flatnonzero((radii > 0.62 * guess) & (radii < max(1.5 * guess, 8.2)))
     if not len(chosen):
         chosen = np.flatnonzero(radii == radii.max())
     penalty = np.array([_WRONG_KIND * (patterned != (named[index][0] in world.PATTERNED)) for index in chosen])
@@ -244,7 +244,8 @@ def _of_colour(labels: dict[str, Mask], pixels: NDArray[np.float32], colour: str
     for name in world.COLOURS:
         if name != colour:
             others |= _kept(labels[name])
-    black = ndimage.binary_dilation(_kept(labels["black"]))
+    # Hats and boots, not edges.
+    black = ndimage.binary_dilation(ndimage.binary_opening(labels["black"], np.ones((3, 3), bool)))
     seconds = {name: _kept(labels[name]) for name in world.SECONDS}
     left, found = own.copy(), []
     while True:
@@ -281,7 +282,8 @@ def _of_colour(labels: dict[str, Mask], pixels: NDArray[np.float32], colour: str
         area = float(body.sum())
         if area >= _LEAST_AREA:
             found.append(_seen(fit.sprite, colour, second, body, labels, others, pixels))
-        left &= ~(taken | seed)
+        rest = _kept(left & ~taken)
+        left = rest if (rest & seed).sum() < 0.8 * seed.sum() else rest & ~seed
     largest = max((seen.area for seen in found), default=0.0)
     return [seen for seen in found if seen.area >= _LEAST_SHARE * largest]
 
