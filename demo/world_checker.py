@@ -3,8 +3,8 @@
 Nothing here was trained; the palette and the outlines are those that the world is drawn with.
 
 Limits, on 500 random drawings of a seed that it was not adjusted on, right: style 100 %, background 99.8 %, count
-99.6 %, colour 99.9 %, shape 99.2 %, pattern 99.3 %, second colour 99.6 %, shade 99.3 %, accessory 96.9 %. The accessory
-is the weak one, mostly in pencil: small boots are missed, and dark edges that touch may pass for a hat or boots. Sprites
+99.6 %, colour 99.9 %, shape 99.2 %, pattern 99.3 %, second colour 99.6 %, shade 99.3 %, accessory 96.9 %. That
+one is weak, mostly in pencil: small boots are missed, and dark edges that touch may pass for a hat or boots. Sprites
 of one kind that touch may be taken for one. Angles beyond 40 degrees and radii outside 7 to 20 pixels are unknown.
 """
 
