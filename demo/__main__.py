@@ -6,6 +6,7 @@ python demo train: trains the demo's model from nothing. python demo check: has 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -33,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command")
     train = commands.add_parser("train", help="train the demo's model")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--autoencoder-steps", type=int, default=2500)
+    train.add_argument("--world", choices=["sprites", "world"], default="sprites", help="what is drawn")
+    train.add_argument("--scenes", type=int, default=24_000)
+    train.add_argument("--batch", type=int, default=32)
+    train.add_argument("--minutes", type=float, help="end each cycle after this time")
+    train.add_argument("--autoencoder-steps", type=int, help="default: 2500, and none with --start")
+    train.add_argument("--vision-steps", type=int, help="of the CLIP image encoder")
     train.add_argument(
         "--steps",
         type=int,
@@ -83,15 +89,17 @@ def train(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     import train as training
 
     torch.set_num_threads(arguments.threads)
-    training.train(
-        arguments.to,
-        arguments.seed,
-        arguments.autoencoder_steps,
+    plan = training.Plan(
+        importlib.import_module(arguments.world),
         arguments.steps,
-        torch.device(arguments.device),
-        arguments.scratch,
-        arguments.start,
+        arguments.scenes,
+        arguments.batch,
+        arguments.minutes,
+        arguments.autoencoder_steps,
+        arguments.vision_steps,
     )
+    device = torch.device(arguments.device)
+    training.train(arguments.to, arguments.seed, plan, device, arguments.scratch, arguments.start)
 
 
 def check(arguments: argparse.Namespace, comfyui: Path | None) -> None:

@@ -39,6 +39,7 @@ BACKGROUNDS: dict[str, Colour] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 STYLES = ("painting", "pencil")
+_OTHER_WORDS = ("a", "an", "and", "on", "in", "the", "style")
 PAPER = np.array((246, 242, 232), np.float32)
 # How much of a colour a pencil leaves on the paper: background, sprite.
 PENCIL_BACKGROUND, PENCIL_SPRITE = 0.5, 0.72
@@ -78,6 +79,17 @@ def caption(scene: Scene, sizes: bool = False) -> str:
         return f"a {size}{sprite.colour} {sprite.shape}"
 
     return f"{' and '.join(map(noun, scene.sprites))} on the {scene.background}, {scene.style} style"
+
+
+def training_caption(scene: Scene, chance: float) -> str:
+    """The caption with sizes in 40 % of the cases; ``chance``: drawn from 0..1."""
+    return caption(scene, chance < 0.4)
+
+
+def words() -> list[str]:
+    """Every word that a caption can have."""
+    names = [*COLOURS, *SHAPES, *BACKGROUNDS, *STYLES]
+    return sorted({word for name in names for word in name.split()} | {"big", "small", *_OTHER_WORDS})
 
 
 @cache
@@ -183,6 +195,11 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
     if pencil:
         picture = picture + grain()[..., None]
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def hardness(first: bool) -> dict[str, float]:
+    """More of the scenes are hard ones after the first cycle; the prompts that are asked have a quarter of pairs."""
+    return {"pairs": 0.25 if first else 0.4}
 
 
 def random_scene(random: np.random.Generator, pairs: float = 0.25) -> Scene:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sprites
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-_OTHER_WORDS = ("a", "an", "and", "on", "in", "the", "style", "big", "small")
 
 
-def words() -> list[str]:
-    """Every word that a caption can have."""
-    names = [*sprites.COLOURS, *sprites.SHAPES, *sprites.BACKGROUNDS, *sprites.STYLES]
-    return sorted({word for name in names for word in name.split()} | set(_OTHER_WORDS))
+def write(folder: Path, known: Sequence[str] | None = None) -> None:
+    """Write the four files of a CLIP tokenizer with one token for each ``known`` word, by default the demo's.
 
-
-def write(folder: Path) -> None:
-    """The four files of a CLIP tokenizer. Words that it does not know fall apart into syllables and letters."""
-    merges: list[tuple[str, str]] = []
-    for word in words():
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-            parts[:2] = [parts[0] + parts[1]]
+    Other words fall apart into syllables and letters.
+    """
+    merges = _prefix_merges(sprites.words()) if known is None else _whole_word_merges(known)
     letters = _byte_letters()
     pieces = [START, END, *letters, *(letter + "</w>" for letter in letters)]
     pieces += dict.fromkeys(left + right for left, right in merges)
@@ -36,6 +27,32 @@ def write(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     settings = {**special, "do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _prefix_merges(known: Sequence[str]) -> list[tuple[str, str]]:
+    """Build every word from its beginning. Words in which another's merge comes first stay in pieces ("triangle")."""
+    merges: list[tuple[str, str]] = []
+    for word in known:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            if (parts[0], parts[1]) not in merges:
+                merges.append((parts[0], parts[1]))
+            parts[:2] = [parts[0] + parts[1]]
+    return merges
+
+
+def _whole_word_merges(known: Sequence[str]) -> list[tuple[str, str]]:
+    """Build merges that make one token of every word: each word first takes the merges that earlier words need."""
+    merges: dict[tuple[str, str], int] = {}
+    for word in known:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            pair = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            merges.setdefault(pair, len(merges))
+            at = pairs.index(pair)
+            parts[at : at + 2] = ["".join(pair)]
+    return list(merges)
 
 
 def vocabulary_size(folder: Path) -> int:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import comfy.clip_model
 import comfy.ldm.modules.diffusionmodules.openaimodel
@@ -20,82 +21,107 @@ import sprites
 import tokens
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
-# Scenes that are drawn once and seen again and again, each time with another noise.
-_SCENES = 24_000
 _LATENT_SCALE = 0.18215
 _PARTS = ("vae", "unet", "text", "vision")
 _SAVE_EVERY_SECONDS = 120
+_GRID_EVERY_SECONDS = 600
 _KL_WEIGHT = 2e-4
 _EMPTY_CAPTION_RATE = 0.1
+_GRID_STEPS, _GRID_GUIDANCE = 20, 5.0
 _EMA = 0.999
-_BATCH = 32
 _SNR_LIMIT = 5.0
 # Steps of the CLIP image encoder in the first cycle, and in one that starts from weights.
 _VISION_STEPS, _MORE_VISION_STEPS = 1000, 300
 _LEARNING_RATE, _LATER_LEARNING_RATE = 1e-3, 7e-4
-# In later cycles more of the scenes are hard ones; the prompts that are asked have a quarter of two sprites.
-_PAIRS, _LATER_PAIRS = 0.25, 0.4
 _VISION_BATCH = 96
 # The mean and the deviation by which the host's CLIP_VISION normalises pictures.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
-def train(
-    output: Path,
-    seed: int,
-    autoencoder_steps: int,
-    cycles: Sequence[int],
-    device: torch.device,
-    scratch: Path,
-    start: Path | None = None,
-) -> None:
-    """The whole job; goes on where an interrupted one stopped.
+class Plan(NamedTuple):
+    """How long and on what a model is trained.
 
-    ``cycles``: steps of the UNet and the text model, each time with other scenes and a learning rate that begins
-    high and ends at nothing (warm restarts, arXiv 1608.03983). ``start``: finished weights to go on from, their
-    autoencoder included; the first cycle is then the one that its seed says, not the one from nothing.
+    ``world``: the module that draws, sprites or world. ``scenes`` are drawn once and seen again and again, each time
+    with another noise. ``cycles``: steps of the UNet and the text model. ``minutes``: a cycle ends after this time, if
+    given, with the learning rate at nothing, however many steps that were. ``vision_steps``, ``autoencoder_steps``:
+    None for what suits a training from nothing or from weights.
+    """
+
+    world: ModuleType
+    cycles: Sequence[int]
+    scenes: int = 24_000
+    batch: int = 32
+    minutes: float | None = None
+    autoencoder_steps: int | None = None
+    vision_steps: int | None = None
+
+
+def train(output: Path, seed: int, plan: Plan, device: torch.device, scratch: Path, start: Path | None = None) -> None:
+    """Train everything; resume where an interrupted training stopped.
+
+    Each cycle has other scenes and a learning rate that begins high and ends at nothing (warm restarts, arXiv
+    1608.03983). ``start``: finished weights to continue from, with their tokenizer beside them; the first cycle is
+    then the one that the seed says. Their autoencoder is trained further only if the plan gives it steps.
     ``scratch``: a folder for the drawings and for checkpoints; ``output``: for weights, tokenizer and record.
     """
     torch.manual_seed(seed)
     scratch.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    tokens.write(output / "tokenizer")
-    weights = None if start is None else load_file(start)
+    tokens.write(output / "tokenizer", plan.world.words())
+    weights = None if start is None else _with_words(load_file(start), start.parent, output / "tokenizer")
     earlier = [] if start is None else json.loads((start.parent / "training.json").read_text())["runs"]
     minutes: dict[str, float] = {}
-    for cycle, steps in enumerate(cycles, seed):
-        first = weights is None
-        scenes, pictures = _drawings(cycle, _PAIRS if first else _LATER_PAIRS, scratch / f"drawings-{cycle}.npy")
+    autoencoder_steps = plan.autoencoder_steps
+    if autoencoder_steps is None:
+        autoencoder_steps = 2500 if start is None else 0
+    for cycle, steps in enumerate(plan.cycles, seed):
+        scenes, pictures = _drawings(plan, cycle, weights is None, scratch / f"drawings-{cycle}.npy")
         vae = tiny_sd.Autoencoder()
-        if weights is None:
+        if cycle == seed and autoencoder_steps:
             vae, minutes["autoencoder"] = _autoencoder(
-                pictures, seed, autoencoder_steps, device, scratch / "autoencoder.pt"
+                pictures, seed, autoencoder_steps, device, scratch / "autoencoder.pt", weights
             )
         else:
+            assert weights is not None
             vae.load_state_dict(_part(weights, "vae."))
             vae.to(device).eval().requires_grad_(False)
         latents = _latents(vae, pictures, device, scratch / f"latents-{cycle}.pt")
         unet, text, minutes[f"diffusion {cycle}"] = _diffusion(
-            scenes, latents, output / "tokenizer", cycle, steps, device, scratch / f"diffusion-{cycle}.pt", weights
+            plan,
+            scenes,
+            latents,
+            vae,
+            output / "tokenizer",
+            cycle,
+            steps,
+            device,
+            scratch / f"diffusion-{cycle}.pt",
+            weights,
         )
         vision, minutes[f"clip {cycle}"] = _vision(
-            scenes, pictures, text, output / "tokenizer", cycle, device, scratch / f"vision-{cycle}.pt", weights
+            plan, scenes, pictures, text, output / "tokenizer", cycle, device, scratch / f"vision-{cycle}.pt", weights
         )
         parts = {"vae.": vae, "unet.": unet, "text.": text, "vision.": vision}
         weights = _weights(parts, tokens.vocabulary_size(output / "tokenizer"))
     assert weights is not None
     _replace(output / "tiny-sd.safetensors", lambda path: save_file(weights, path))
-    asked = f"--seed {seed} --steps {' '.join(map(str, cycles))}"
-    asked += f" --start {start.name}" if start else f" --autoencoder-steps {autoencoder_steps}"
+    asked = f"--seed {seed} --steps {' '.join(map(str, plan.cycles))}"
+    if plan.world is not sprites:
+        asked += f" --world {plan.world.__name__} --scenes {plan.scenes} --batch {plan.batch}"
+    asked += f" --minutes {plan.minutes:g}" if plan.minutes else ""
+    asked += f" --start {start.name}" if start else ""
+    asked += f" --autoencoder-steps {autoencoder_steps}" if autoencoder_steps else ""
+    asked += "" if plan.vision_steps is None else f" --vision-steps {plan.vision_steps}"
     run = {
         "command": f"python demo train {asked}",
-        "scenes": _SCENES,
+        "scenes": plan.scenes,
         "minutes": minutes,
         "machine": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
@@ -119,15 +145,40 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _drawings(seed: int, pairs: float, file: Path) -> tuple[list[sprites.Scene], np.ndarray]:
-    """The scenes, a share ``pairs`` of two sprites, and their pictures [n, 3, SIZE, SIZE] in 0..255."""
+def _with_words(weights: dict[str, Tensor], folder: Path, tokenizer: Path) -> dict[str, Tensor]:
+    """Give the text model of finished weights the rows of another vocabulary.
+
+    ``folder`` holds the tokenizer of the weights. A new word begins as the mean of the pieces that it had there
+    ("stars" as "star"), other new pieces at random.
+    """
+    new = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    encode = tiny_sd.Tokenizer(folder / "tokenizer").clip_l.tokenizer
+    old = encode.get_vocab()
+    known = weights["text." + tiny_sd.EMBEDDING].float()
+    random = torch.Generator().manual_seed(0)
+    noise = known.std(0) * torch.randn(len(new), known.shape[1], generator=random)
+    rows = known.mean(0) + noise
+    whole = {word for word in old if word.endswith("</w>")}
+    for piece, row in new.items():
+        word = piece.removesuffix("</w>")
+        if piece.endswith("</w>") and len(word) > 1:
+            stem = next((word[:end] for end in range(len(word), 2, -1) if word[:end] + "</w>" in whole), None)
+            if stem is not None:
+                rows[row] = known[encode(stem)["input_ids"][1:-1]].mean(0) + (0 if stem == word else 0.3) * noise[row]
+        elif piece in old:
+            rows[row] = known[old[piece]]
+    return {**weights, "text." + tiny_sd.EMBEDDING: rows}
+
+
+def _drawings(plan: Plan, seed: int, first: bool, file: Path) -> tuple[list[Any], np.ndarray]:
+    """Draw the scenes of a cycle; ``first``: of a training from nothing. Pictures are [n, 3, SIZE, SIZE] in 0..255."""
     random = np.random.default_rng(seed)
-    scenes = [sprites.random_scene(random, pairs) for _ in range(_SCENES)]
+    scenes = [plan.world.random_scene(random, **plan.world.hardness(first)) for _ in range(plan.scenes)]
     if not file.exists():
-        pictures = np.empty((_SCENES, 3, sprites.SIZE, sprites.SIZE), np.uint8)
+        pictures = np.empty((plan.scenes, 3, plan.world.SIZE, plan.world.SIZE), np.uint8)
         for index, scene in enumerate(scenes):
-            pictures[index] = sprites.draw(scene).transpose(2, 0, 1)
-            _say("drawing", index + 1, _SCENES, every=2000)
+            pictures[index] = plan.world.draw(scene).transpose(2, 0, 1)
+            _say("drawing", index + 1, plan.scenes, every=2000)
         _replace(file, lambda path: np.save(path, pictures))
     return scenes, np.load(file)
 
@@ -157,20 +208,31 @@ class _Loop:
     """Steps of AdamW with a cosine schedule, a running mean of the weights, checkpoints and resume."""
 
     def __init__(
-        self, name: str, modules: list[torch.nn.Module], steps: int, learning_rate: float, seed: int, file: Path
+        self,
+        name: str,
+        modules: list[torch.nn.Module],
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        file: Path,
+        minutes: float | None = None,
     ) -> None:
-        self.name, self.steps, self.file = name, steps, file
+        self.name, self.steps, self.file, self.minutes = name, steps, file, minutes
         self.parameters = [p for module in modules for p in module.parameters()]
+        self.step, self.seconds = 0, 0.0
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))) + 1e-3,
+            lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * self.share_done(step))) + 1e-3,
         )
         self.mean = [p.detach().clone() for p in self.parameters]
         self.random = torch.Generator().manual_seed(seed)
-        self.step, self.seconds = 0, 0.0
         if file.exists():
             self._resume()
+
+    def share_done(self, step: int) -> float:
+        """Return the share of the steps, or of the minutes where they are given, that is done, 0..1."""
+        return min(self.seconds / 60 / self.minutes if self.minutes else step / max(self.steps, 1), 1.0)
 
     def _resume(self) -> None:
         state = torch.load(self.file, weights_only=True)
@@ -202,10 +264,14 @@ class _Loop:
         }
         _replace(self.file, lambda path: torch.save(state, path))
 
-    def run(self, loss_of: Callable[[torch.Generator], Tensor]) -> float:
-        """All steps that are left; the modules end with the mean of their weights. Minutes, of all runs."""
-        saved, losses = time.monotonic(), []
-        while self.step < self.steps:
+    def run(self, loss_of: Callable[[torch.Generator], Tensor], grid: Callable[[], None] | None = None) -> float:
+        """Do all steps that are left; the modules end with the mean of their weights. Return the minutes of all runs.
+
+        ``grid`` writes a picture of what the model draws, now and then, with the mean weights in place.
+        """
+        saved = shown = before = time.monotonic()
+        losses: list[Tensor] = []
+        while self.step < self.steps and not (self.minutes and self.share_done(self.step) >= 1):
             self.optimizer.zero_grad(set_to_none=True)
             loss = loss_of(self.random)
             loss.backward()
@@ -217,40 +283,69 @@ class _Loop:
             with torch.no_grad():
                 torch._foreach_lerp_(self.mean, self.parameters, 1 - decay)
             losses.append(loss.detach())
+            now = time.monotonic()
+            self.seconds, before = self.seconds + now - before, now
             if self.step % 50 == 0 or self.step == self.steps:
                 _say(self.name, self.step, self.steps, 1, f", loss {torch.stack(losses).mean():.4f}")
                 losses.clear()
-            since = time.monotonic() - saved
-            if since > _SAVE_EVERY_SECONDS or self.step == self.steps:
-                self.seconds += since
+            if now - saved > _SAVE_EVERY_SECONDS or self.step == self.steps or self.share_done(self.step) >= 1:
                 self._save()
                 saved = time.monotonic()
-        with torch.no_grad():
-            for parameter, mean in zip(self.parameters, self.mean, strict=True):
-                parameter.copy_(mean)
+            if grid and now - shown > _GRID_EVERY_SECONDS:
+                self._swap_mean()
+                grid()
+                self._swap_mean()
+                shown = time.monotonic()
+        self._swap_mean()
+        if grid:
+            grid()
         return round(self.seconds / 60, 1)
+
+    @torch.no_grad()
+    def _swap_mean(self) -> None:
+        for parameter, mean in zip(self.parameters, self.mean, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether products of bfloat16 are faster than of float32."""
+    return device.type != "cpu" or bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device))
 
 
 def _autoencoder(
-    pictures: np.ndarray, seed: int, steps: int, device: torch.device, file: Path
+    pictures: np.ndarray,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    file: Path,
+    start: Mapping[str, Tensor] | None,
 ) -> tuple[torch.nn.Module, float]:
-    """The autoencoder, its latents of the deviation that SD 1.5's format expects; minutes."""
+    """Train the autoencoder, its latents of the deviation that SD 1.5's format expects; return the minutes too."""
     torch.manual_seed(seed)
     vae = tiny_sd.Autoencoder()
     _initialise(vae)
+    if start is not None:
+        vae.load_state_dict(_part(start, "vae."))
     vae.to(device)
 
     def loss_of(random: torch.Generator) -> Tensor:
         rows = torch.randint(len(pictures), (16,), generator=random)
         x = _pixels(pictures, rows, device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with _autocast(device):
             mean, logvar = (part.float().clamp(-20, 20) for part in vae.posterior(x))
             drawn = torch.randn(mean.shape, generator=random).to(device)
             seen = vae.decode(mean + torch.exp(0.5 * logvar) * drawn).float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(seen, x) + 2 * F.mse_loss(seen, x) + _KL_WEIGHT * kl
 
-    minutes = _Loop("autoencoder", [vae], steps, 1e-3, seed, file).run(loss_of)
+    rate = 1e-3 if start is None else 6e-4
+    minutes = _Loop("autoencoder", [vae], steps, rate, seed, file).run(loss_of)
     with torch.no_grad():
         sample = _encode(vae, pictures[:1000], device)
         scale = 1 / (sample.std((0, 2, 3)).to(device) * _LATENT_SCALE)
@@ -275,7 +370,7 @@ def _encode(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
     found = []
     for start in range(0, len(pictures), 32):
         rows = torch.arange(start, min(start + 32, len(pictures)))
-        with torch.autocast(device.type, torch.bfloat16):
+        with _autocast(device):
             found.append(vae.encode(_pixels(pictures, rows, device)).float().cpu())
         if len(pictures) > 1000:
             _say("encoding", min(start + 32, len(pictures)), len(pictures), every=3200)
@@ -290,8 +385,10 @@ def _latents(vae: Any, pictures: np.ndarray, device: torch.device, file: Path) -
 
 
 def _diffusion(
-    scenes: list[sprites.Scene],
+    plan: Plan,
+    scenes: list[Any],
     latents: Tensor,
+    vae: Any,
     tokenizer: Path,
     seed: int,
     steps: int,
@@ -320,7 +417,7 @@ def _diffusion(
         unet.load_state_dict(_part(start, "unet."))
         text.load_state_dict(_part(start, "text."))
     tokenize = tiny_sd.Tokenizer(tokenizer)
-    encoded = _Captions(scenes, tokenize)
+    encoded = _Captions(plan.world, scenes, tokenize)
     # SD's schedule, as comfy.model_sampling makes it.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bars = torch.cumprod(1 - betas, 0).float()
@@ -330,21 +427,43 @@ def _diffusion(
     latents = latents.to(device)
 
     def loss_of(random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (_BATCH,), generator=random)
+        rows = torch.randint(len(latents), (plan.batch,), generator=random)
         captions = encoded.draw(rows.tolist(), random).to(device)
-        t = torch.multinomial(weights, _BATCH, replacement=True, generator=random)
-        noise = torch.randn(_BATCH, *latents.shape[1:], generator=random).to(device)
+        t = torch.multinomial(weights, plan.batch, replacement=True, generator=random)
+        noise = torch.randn(plan.batch, *latents.shape[1:], generator=random).to(device)
         kept = alpha_bars[t].to(device)[:, None, None, None]
         noisy = kept.sqrt() * latents[rows.to(device)] + (1 - kept).sqrt() * noise
-        with torch.autocast(device.type, torch.bfloat16), _differentiable(text):
+        with _autocast(device), _differentiable(text):
             predicted = unet(noisy, t.to(device), context=text(captions)[0])
         return F.mse_loss(predicted.float(), noise)
 
-    rate = _LEARNING_RATE if start is None else _LATER_LEARNING_RATE
-    loop = _Loop(f"diffusion, cycle {seed}", [unet, text], steps, rate, seed, file)
-    # On the CPU the fused attention's backward pass takes three times as long as a plain one, with heads this small.
-    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-        minutes = loop.run(loss_of)
+    @torch.no_grad()
+    def grid() -> None:
+        asked = [plan.world.caption(plan.world.random_scene(np.random.default_rng(index))) for index in range(24)]
+        said, nothing = (
+            text(torch.stack([encoded.ids(line) for line in lines]).to(device))[0] for lines in (asked, [""])
+        )
+        context = torch.cat([said, nothing.expand_as(said)])
+        x = torch.randn(len(asked), *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+        times = torch.linspace(999, 0, _GRID_STEPS).long().tolist()
+        for now, then in zip(times, [*times[1:], None], strict=True):
+            noise, free = unet(torch.cat([x, x]), torch.full((2 * len(x),), now, device=device), context=context).chunk(
+                2
+            )
+            noise = free + _GRID_GUIDANCE * (noise - free)
+            kept, later = float(alpha_bars[now]), 1.0 if then is None else float(alpha_bars[then])
+            clean = (x - (1 - kept) ** 0.5 * noise) / kept**0.5
+            x = later**0.5 * clean + (1 - later) ** 0.5 * noise
+        seen = vae.decode(x / _LATENT_SCALE).clamp(-1, 1).add(1).mul(127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
+        rows = [np.concatenate(list(seen[at : at + 8]), 1) for at in range(0, len(seen), 8)]
+        Image.fromarray(np.concatenate(rows)).save(file.with_name(f"grid-{seed}-{loop.step:05}.png"))
+        file.with_name(f"grid-{seed}.txt").write_text("\n".join(asked) + "\n")
+
+    rate = (_LEARNING_RATE if start is None else _LATER_LEARNING_RATE) * (plan.batch / 32) ** 0.5
+    loop = _Loop(f"diffusion, cycle {seed}", [unet, text], steps, rate, seed, file, plan.minutes)
+    # With AMX the fused attention's backward pass takes three times as long as a plain one, with heads this small.
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and _has_bfloat16(device) else nullcontext():
+        minutes = loop.run(loss_of, grid)
     return unet.eval(), text.eval(), minutes
 
 
@@ -383,7 +502,8 @@ def _differentiable(text: torch.nn.Module) -> Iterator[None]:
 
 
 def _vision(
-    scenes: list[sprites.Scene],
+    plan: Plan,
+    scenes: list[Any],
     pictures: np.ndarray,
     text: Any,
     tokenizer: Path,
@@ -410,7 +530,7 @@ def _vision(
     scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))
     learning = torch.nn.ModuleList([vision, projection])
     learning.register_parameter("scale", scale)
-    encoded = _Captions(scenes, tiny_sd.Tokenizer(tokenizer))
+    encoded = _Captions(plan.world, scenes, tiny_sd.Tokenizer(tokenizer))
     average = torch.tensor(_CLIP_MEAN, device=device).view(3, 1, 1)
     deviation = torch.tensor(_CLIP_DEVIATION, device=device).view(3, 1, 1)
 
@@ -422,7 +542,7 @@ def _vision(
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         x = x.lerp(blurred, torch.rand(len(x), 1, 1, 1, generator=random).to(device))
         x = (x + 0.03 * torch.randn(x.shape, generator=random).to(device)).clamp(0, 1)
-        with torch.autocast(device.type, torch.bfloat16), _differentiable(vision), _differentiable(text):
+        with _autocast(device), _differentiable(vision), _differentiable(text):
             seen = vision(pixel_values=(x - average) / deviation)[2]
             said = text(captions)[2]
         logits = scale.exp() * F.normalize(seen.float(), dim=-1) @ F.normalize(said.float(), dim=-1).T
@@ -432,6 +552,7 @@ def _vision(
         return 0.5 * (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted))
 
     steps, rate = (_VISION_STEPS, 1e-3) if start is None else (_MORE_VISION_STEPS, 5e-4)
+    steps = steps if plan.vision_steps is None else plan.vision_steps
     minutes = _Loop(f"clip, cycle {seed}", [learning], steps, rate, seed, file).run(loss_of)
     return vision.eval(), minutes
 
@@ -439,8 +560,8 @@ def _vision(
 class _Captions:
     """Token ids of the scenes' captions: with and without sizes, sometimes without the style, sometimes empty."""
 
-    def __init__(self, scenes: list[sprites.Scene], tokenizer: Any) -> None:
-        self.scenes = scenes
+    def __init__(self, world: ModuleType, scenes: list[Any], tokenizer: Any) -> None:
+        self.world, self.scenes = world, scenes
         self.tokenizer = tokenizer
         self.known: dict[str, Tensor] = {}
 
@@ -449,13 +570,14 @@ class _Captions:
         chances = torch.rand(len(rows), 3, generator=random).tolist()
         found = []
         for row, (empty, sizes, styleless) in zip(rows, chances, strict=True):
-            text = sprites.caption(self.scenes[row], sizes < 0.4)
+            text = self.world.training_caption(self.scenes[row], sizes)
             if styleless < 0.1:
                 text = text.rsplit(",", 1)[0]
-            found.append(self._ids("" if empty < _EMPTY_CAPTION_RATE and not always else text))
+            found.append(self.ids("" if empty < _EMPTY_CAPTION_RATE and not always else text))
         return torch.stack(found)
 
-    def _ids(self, text: str) -> Tensor:
+    def ids(self, text: str) -> Tensor:
+        """Return the tokens of a text, [tiny_sd.TOKENS]."""
         if text not in self.known:
             (section,) = self.tokenizer.tokenize_with_weights(text)["l"]
             self.known[text] = torch.tensor([token for token, _ in section])

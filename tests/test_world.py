@@ -1,0 +1,140 @@
+"""The second world: its captions, its checker, its clips and edits, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Scripts import what lies beside them by its plain name.
+sys.path.append(str(ROOT / "demo"))
+
+import tokens  # noqa: E402
+import world  # noqa: E402
+import world_checker  # noqa: E402
+import world_clips  # noqa: E402
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
+from world import Look, Scene, Sprite  # noqa: E402
+
+SCENES = 60
+
+
+def test_the_checker_knows_what_was_drawn() -> None:
+    """Test a share of the pictures that the limits in the checker's docstring were measured on."""
+    random = np.random.default_rng(7)
+    right: dict[str, list[bool]] = {}
+    for _ in range(SCENES):
+        scene = world.random_scene(random)
+        verdict = world_checker.look(world.draw(scene))
+        assert (verdict.style, verdict.background) == (scene.style, scene.background)
+        right.setdefault("count", []).append(len(verdict.sprites) == len(scene.sprites))
+        for sprite in scene.sprites:
+            seen = min(
+                (one for one in verdict.sprites if one.colour == sprite.colour),
+                key=lambda one: math.dist((one.x, one.y), (sprite.x, sprite.y)),  # noqa: B023
+            )
+            for name in ("shape", "accessory", "look"):
+                right.setdefault(name, []).append(getattr(seen, name) == getattr(sprite, name))
+    shares = {name: float(np.mean(values)) for name, values in right.items()}
+    assert min(shares.values()) >= 0.95, shares
+
+
+def test_one_kind_has_one_look_and_two_kinds_have_two() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        scene = world.random_scene(random)
+        looks: dict[str, set[Look]] = {}
+        for sprite in scene.sprites:
+            looks.setdefault(sprite.shape, set()).add(sprite.look)
+            assert bool(sprite.look.pattern) == (sprite.shape in world.PATTERNED)
+        assert all(len(found) == 1 for found in looks.values())
+        assert len(scene.sprites) <= 4 and len(world.groups(scene)) <= 2
+
+
+def test_no_caption_says_a_look_or_who_is_in_front() -> None:
+    star = Sprite("star", "red", Look("dark", "core", "cyan"), 20, 20, 9)
+    other = star._replace(x=44, y=44, look=Look("light", "halves", "white"), depth=1)
+    scenes = [Scene((one, one._replace(x=40)), "snow", "pencil") for one in (star, other)]
+    assert world.caption(scenes[0]) == world.caption(scenes[1]) == "two red stars on the snow, pencil style"
+
+
+@pytest.mark.parametrize(
+    ("accessories", "sentence"),
+    [
+        ((), "the sea, painting style"),
+        (("hat",), "a red cross with a hat on the sea, painting style"),
+        (("boots",) * 3, "three red crosses with boots on the sea, painting style"),
+    ],
+)
+def test_captions_are_plain_sentences(accessories: tuple[str, ...], sentence: str) -> None:
+    cross = Sprite("cross", "red", Look("light", "bar", "white"), 32, 32, 9)
+    scene = Scene(tuple(cross._replace(accessory=name) for name in accessories), "sea", "painting")
+    assert world.caption(scene) == sentence
+
+
+def test_the_nearer_sprite_hides_the_farther_one() -> None:
+    red = Sprite("circle", "red", Look("light"), 28, 32, 12, depth=0.0)
+    blue = Sprite("circle", "blue", Look("light"), 36, 32, 12, depth=1.0)
+    front = world.draw(Scene((red, blue), "snow", "painting"))[32, 32]
+    back = world.draw(Scene((red._replace(depth=2.0), blue), "snow", "painting"))[32, 32]
+    assert front[0] > 150 > front[2] and back[2] > 150 > back[0]
+
+
+def test_every_caption_is_one_token_a_word_and_fits(tmp_path: Path) -> None:
+    tokens.write(tmp_path, world.words())
+    tokenizer = tiny_sd.Tokenizer(tmp_path)
+    encode = tokenizer.clip_l.tokenizer
+    assert all(len(encode(word)["input_ids"]) == 3 for word in world.words())
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        sentence = world.caption(world.random_scene(random))
+        assert set(sentence.replace(",", "").split()) <= set(world.words())
+        assert len(encode(sentence)["input_ids"]) <= tiny_sd.TOKENS
+
+
+def test_there_are_enough_clips_and_some_are_held_out() -> None:
+    held = [clip for clip in world_clips.CLIPS if clip.held_out]
+    assert len(world_clips.CLIPS) - len(held) >= 16 and len(held) >= 8
+    assert len({clip.name for clip in world_clips.CLIPS}) == len(world_clips.CLIPS)
+    assert {len(clip.scenes) for clip in world_clips.CLIPS} >= {8, 16, 64}
+    kinds = {edit.kind for clip in world_clips.CLIPS for edit in world_clips.edits(clip)}
+    assert kinds == set(world_clips.KINDS)
+
+
+@pytest.mark.parametrize("clip", world_clips.CLIPS, ids=lambda clip: clip.name)
+def test_an_edit_that_is_drawn_is_right_and_one_that_did_nothing_is_not(clip: world_clips.Clip) -> None:
+    for edit in world_clips.edits(clip):
+        assert edit.prompt != clip.prompt
+        drawn = world_clips.frame_right(edit.scenes[1], world.draw(edit.scenes[1]))
+        unchanged = world_clips.frame_right(edit.scenes[1], world.draw(clip.scenes[1]))
+        assert drawn.everything and drawn.off < 4, (edit.kind, drawn)
+        assert not unchanged.everything, edit.kind
+
+
+def test_looks_agree_where_they_are_one_and_not_where_they_differ() -> None:
+    star = Sprite("star", "red", Look("light", "core", "cyan"), 32, 32, 13)
+    looks = [star.look, star.look, Look("light", "halves", "white"), Look("light", "bar", "orange")]
+    frames = [world.draw(Scene((star._replace(look=look),), "grass", "painting")) for look in looks]
+    assert world_clips.look_agreement(frames[:2], "red") == 1
+    assert world_clips.look_agreement(frames, "red") == 0.5
+    assert world_clips.look_agreement(frames, "blue") == 0
+
+
+def test_a_new_word_begins_as_its_stem_did(tmp_path: Path) -> None:
+    import torch
+    import train
+
+    tokens.write(tmp_path, world.words())
+    old = json.loads((tiny_sd.FOLDER / "tokenizer" / "vocab.json").read_text())
+    new = json.loads((tmp_path / "vocab.json").read_text())
+    name = "text." + tiny_sd.EMBEDDING
+    rows = torch.arange(float(len(old)))[:, None].expand(-1, 4)
+    moved = train._with_words({name: rows}, tiny_sd.FOLDER, tmp_path)[name]
+    assert moved.shape == (len(new), 4)
+    assert torch.equal(moved[new["star</w>"]], rows[old["star</w>"]])
+    assert not torch.equal(moved[new["stars</w>"]], moved[new["star</w>"]])
