@@ -64,7 +64,7 @@ def invert(
     inverted = host.run_sampler(
         model, ddim_invert, sigmas, (conditioning, conditioning), 1.0, latent, callback=callback
     )
-    return host.check_prediction(inverted)
+    return host.check_prediction(model, inverted)
 
 
 def sample(
@@ -106,7 +106,7 @@ def sample(
         noise_seed=seed,
         **options,
     )
-    edited = host.check_prediction(edited)
+    edited = host.check_prediction(model, edited)
     if noise_mask is not None:
         # The last level, alpha_bar[0], is not quite clean: outside the mask the clip must be exact.
         edited = host.paste_masked(edited, start, noise_mask)

@@ -15,6 +15,7 @@ EXPECTED = (
     "strength and timestep range", "two at once", "T2I-Adapter", "IPAdapter", "FreeU", "PAG", "SAG", "ModelMerge",
     "CLIP skip", "textual inversion", "prompt scheduling", "area and mask", "noise mask", "TorchCompile", "--lowvram",
     "--novram", "--disable-smart-memory", "Create Video", "Load Video", "context windows",
+    "Tiled Diffusion", "Sage attention",
 )  # fmt: skip
 
 

@@ -129,3 +129,20 @@ def test_gradients_that_overflow_in_fp16_find_their_scale(
     learnt = [key for key, value in motion.tensors.items() if key.endswith("to_out.0.weight") and value.abs().max() > 0]
     assert learnt, "no step was taken"
     assert_same((motion, losses), in_fp16(16))
+
+
+@pytest.mark.comfyui
+def test_sage_attention_is_named_where_it_may_be_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bad = build_model(UNETS["tiny"]), torch.full((1, 4, 8, 8), NAN)
+    with pytest.raises(RuntimeError, match="Half precision has overflowed"):
+        host.check_prediction(model, bad)
+
+    def attention_sage_kj(*args: Any, **kwargs: Any) -> None: ...
+
+    patched = model.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = attention_sage_kj
+    with pytest.raises(RuntimeError, match="without --use-sage-attention"):
+        host.check_prediction(patched, bad)
+    monkeypatch.setattr("comfy.ldm.modules.attention.optimized_attention", attention_sage_kj)
+    with pytest.raises(RuntimeError, match="without --use-sage-attention"):
+        host.check_prediction(model, bad)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import Refusal
 from ..inflate import Forward, Inflation, Layout, inflated_forwards, swapped
 from ..motion.file import Motion, check_fits
 from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
@@ -155,6 +156,26 @@ def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
     return forward
 
 
+def layout_of(rows: int, transformer_options: Mapping[str, Any]) -> Layout:
+    """Return how the rows of one evaluation are videos. Raises Refusal for tiles of context windows.
+
+    The host runs several conditionings in one batch, each a whole video. A pack that cuts pictures into tiles stacks
+    these as well, each with all conditionings (Tiled Diffusion): the host's sigmas, one a frame, tell how long a video
+    is.
+    """
+    conds = len(transformer_options.get("cond_or_uncond", ())) or 1
+    sigmas = transformer_options.get("sigmas")
+    frames = 0 if sigmas is None or sigmas.ndim == 0 else len(sigmas)
+    tiles = rows // (conds * frames) if frames > 1 and rows % (conds * frames) == 0 else 1
+    if tiles > 1 and transformer_options.get("context_window") is not None:
+        raise Refusal(
+            "model",
+            "tiles and context windows both divide the batch, and the frames of a tile cannot be told apart then",
+            "Take the tiles (Tiled Diffusion) or the context windows off the model.",
+        )
+    return Layout(frames=rows // (conds * tiles), chunks=conds * tiles)
+
+
 def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
     """Have every evaluation of the model run inflated, with the layers in ``root`` or their copies on another GPU."""
     first_frames = FirstFrameCache()
@@ -162,9 +183,7 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
     @contextmanager
     def inflated(base_model: Any, rows: int, transformer_options: Mapping[str, Any]) -> Iterator[None]:
         unet = base_model.diffusion_model
-        # The host runs several conditionings in one batch, each a whole video.
-        chunks = len(transformer_options.get("cond_or_uncond", ())) or 1
-        layout = Layout(frames=rows // chunks, chunks=chunks)
+        layout = layout_of(rows, transformer_options)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
         added = _layers_of(base_model, root)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.ldm.modules.attention
 import torch
 from torch import Tensor
 
@@ -140,11 +141,28 @@ def _hints(control: Any) -> int:
     return most
 
 
-def check_prediction(samples: Tensor) -> Tensor:
+def check_prediction(model: ModelPatcher, samples: Tensor) -> Tensor:
     """Return what a sampler gave. Raises RuntimeError if it is not finite: the model overflowed on the way."""
     if not torch.isfinite(samples).all():
+        reason = "model: what it predicted is not finite (NaN or infinity). "
+        if _has_sage_attention(model):
+            raise RuntimeError(
+                reason + "ComfyUI runs with Sage attention, which gives that with some models: start it without "
+                "--use-sage-attention, or remove the node that patches Sage attention in."
+            )
         raise RuntimeError(
-            "model: what it predicted is not finite (NaN or infinity). Half precision has overflowed, or the motion's "
-            "strengths are too high: start ComfyUI with --fp32-unet or --bf16-unet, or lower them."
+            reason + "Half precision has overflowed, or the motion's strengths are too high: start ComfyUI with "
+            "--fp32-unet or --bf16-unet, or lower them."
         )
     return samples
+
+
+def _has_sage_attention(model: ModelPatcher) -> bool:
+    """Say whether the host, a pack that replaces its attention, or an override on the model uses Sage attention."""
+    override = model.model_options.get("transformer_options", {}).get("optimized_attention_override")
+    used = (comfy.ldm.modules.attention.optimized_attention, override)
+    return any(
+        "sage" in f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}".lower()
+        for function in used
+        if function is not None
+    )

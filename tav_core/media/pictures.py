@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,69 @@ _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
 _INK, _FAINT, _STRONG = (40, 40, 40), (170, 190, 220), (30, 90, 180)
 _GAP, _FONT_SIZE = 6, 15
 _CAPTION = 26
+_NO_CHARACTER = "\uffff"
+# Fonts of Linux, Windows and macOS: first with accents, Greek and Cyrillic, then with Chinese, Japanese and Korean.
+# Pillow's own has the letters a to z alone.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "arial.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSans.ttc",
+    "DroidSansFallbackFull.ttf",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "NanumGothic.ttf",
+    "malgun.ttf",
+    "msyh.ttc",
+    "YuGothM.ttc",
+    "msgothic.ttc",
+    "simsun.ttc",
+    "AppleSDGothicNeo.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+)
 
 
 def _image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None]
 
 
-def _font() -> Any:
-    return ImageFont.load_default(size=_FONT_SIZE)
+@lru_cache(maxsize=256)
+def font_for(text: str) -> Any:
+    """Return a font that has every character of a text, the default one where it does.
+
+    Fonts of the system are asked by file name. Where none has them all, the default font is used with a warning.
+    """
+    default = ImageFont.load_default(size=_FONT_SIZE)
+    if _has_all(default, text):
+        return default
+    for font in _system_fonts():
+        if _has_all(font, text):
+            return font
+    logging.warning("no font here has all characters of %r; install Noto Sans CJK to see them in pictures", text)
+    return default
+
+
+@cache
+def _system_fonts() -> tuple[Any, ...]:
+    found = []
+    for name in _FONTS:
+        try:
+            found.append(ImageFont.truetype(name, _FONT_SIZE))
+        except OSError:
+            continue
+    return tuple(found)
+
+
+def _has_all(font: Any, text: str) -> bool:
+    """Say whether no character of a text is drawn as the box that stands for a missing one."""
+    missing = bytes(font.getmask(_NO_CHARACTER))
+    return all(character.isspace() or bytes(font.getmask(character)) != missing for character in set(text))
 
 
 def _finite_range(values: np.ndarray) -> tuple[float, float]:
@@ -72,7 +129,7 @@ def curve_with_frames(curve: Tensor, frames: Sequence[tuple[str, Image.Image]]) 
     draw = ImageDraw.Draw(whole)
     for column, (caption, frame) in enumerate(fitted):
         left = _GAP + column * (side + _GAP)
-        draw.text((left, _HEIGHT + 2), caption, fill="black", font=_font())
+        draw.text((left, _HEIGHT + 2), caption, fill="black", font=font_for(caption))
         whole.paste(frame, (left, _HEIGHT + _CAPTION))
     return whole
 
@@ -91,7 +148,7 @@ def frame_curves(curves: Mapping[str, Sequence[float]]) -> Tensor:
         for x, y in points:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_STRONG)
         draw.rectangle((_MARGIN, top, _WIDTH - _MARGIN, bottom), outline=_INK)
-        draw.text((_MARGIN, top - 20), f"{name}: {low:.4g} to {high:.4g}", fill=_INK, font=_font())
+        draw.text((_MARGIN, top - 20), f"{name}: {low:.4g} to {high:.4g}", fill=_INK, font=font_for(name))
     return _image(picture)
 
 
@@ -102,7 +159,7 @@ def table_over_plot(figures: Sequence[tuple[str, str, str]], plot: Tensor) -> Te
     draw = ImageDraw.Draw(picture)
     for index, cells in enumerate(figures):
         for left, cell, ink in zip(columns, cells, (_INK, _STRONG, _INK), strict=True):
-            draw.text((left, index * row + 4), cell, fill=ink, font=_font())
+            draw.text((left, index * row + 4), cell, fill=ink, font=font_for(cell))
         draw.line((0, (index + 1) * row, picture.width, (index + 1) * row), fill=_FAINT)
     return torch.cat([_image(picture), plot], 1)
 
@@ -118,7 +175,7 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], side: int = 128) -> Tensor
     draw = ImageDraw.Draw(sheet)
     for row, (caption, frames) in enumerate(rows):
         top = _GAP + row * (side + _CAPTION + _GAP)
-        draw.text((_GAP, top + 2), caption, fill="black", font=_font())
+        draw.text((_GAP, top + 2), caption, fill="black", font=font_for(caption))
         for column, frame in enumerate(frames):
             sheet.paste(_fitted(frame, side), (_GAP + column * (side + _GAP), top + _CAPTION))
     return _image(sheet)
@@ -149,7 +206,7 @@ def side_by_side(videos: Sequence[tuple[str, Tensor]]) -> Tensor:
     for index, (caption, frames) in enumerate(videos):
         left = index * (width + _GAP)
         title = Image.new("RGB", (width, _CAPTION), "white")
-        ImageDraw.Draw(title).text((2, 4), caption, fill="black", font=_font())
+        ImageDraw.Draw(title).text((2, 4), caption, fill="black", font=font_for(caption))
         out[:, :_CAPTION, left : left + width] = _image(title)
         held = torch.arange(length).clamp(max=len(frames) - 1)
         out[:, _CAPTION : _CAPTION + height, left : left + width] = frames[held, :, :, :3].float().cpu()
