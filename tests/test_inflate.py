@@ -155,6 +155,15 @@ def test_frames_of_one_video_do_not_reach_into_another() -> None:
     torch.testing.assert_close(combined, alone[1] + 3 * (mean - alone[1]), rtol=1e-3, atol=1e-3)
 
 
+def test_a_motion_serves_clips_of_any_length() -> None:
+    """As the parts that VideoHelperSuite's meta batches queue one after the other: the last one is shorter."""
+    model = build_model(UNETS["tiny"])
+    inflated = host.inflate_model(model, Inflation(), random_motion(model))
+    long, short = (sample(inflated, latent()[:frames], conditioning(model)) for frames in (3, 2))
+    # Norms and temporal attention see a clip as a whole, so its parts differ.
+    assert long.shape[0] == 3 and short.shape[0] == 2 and float((long[:2] - short).abs().max()) > 1e-3
+
+
 def test_the_model_is_itself_again_after_a_call_that_failed() -> None:
     model = build_model(UNETS["tiny"])
     unet = host.unet_of(model)

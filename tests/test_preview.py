@@ -182,3 +182,19 @@ def test_a_tuning_is_stopped_by_its_nodes_number(node: Context, monkeypatch: pyt
     assert asked == [[], [], ["4:3"]]
     assert motion.metadata["steps"] == "3" and curve.isfinite().all()
     assert stop.request_stop(None) == []
+
+
+def test_a_previewer_that_shows_frames_by_itself_gets_all_of_them(shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As VideoHelperSuite's animated previews, which return no picture."""
+    given: list[int] = []
+
+    class Animation:
+        def decode_latent_to_preview_image(self, preview_format: str, x0: Tensor) -> None:
+            given.append(len(x0))
+
+    monkeypatch.setattr(shown.module.latent_preview, "get_previewer", lambda *args: Animation())
+    model, x0 = build_model(UNETS["tiny"]), torch.zeros(3, 4, 8, 8)
+    sampled = shown.module.LatentFrames(model)
+    assert [sampled.refreshed(x0), sampled.refreshed(x0)] == [[], []]
+    assert given == [1, 3, 3]
+    assert len(shown.module.LatentFrames(model, anyway=True).all(x0)) == 3

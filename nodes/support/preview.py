@@ -89,17 +89,23 @@ class LatentFrames:
 
     def __init__(self, model: Any, anyway: bool = False) -> None:
         latent_format = model.model.latent_format
-        self._previewer = latent_preview.get_previewer(model.load_device, latent_format)
-        if self._previewer is None and anyway and latent_format.latent_rgb_factors is not None:
-            self._previewer = latent_preview.Latent2RGBPreviewer(
+        self._colours = None
+        if anyway and latent_format.latent_rgb_factors is not None:
+            self._colours = latent_preview.Latent2RGBPreviewer(
                 latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
             )
+        self._previewer = latent_preview.get_previewer(model.load_device, latent_format) or self._colours
         self._latest: dict[int, Picture] = {}
         self._next, self._seen = 0, time.monotonic()
+        # Set once the previewer gives no picture: it shows the frames in its own way (VideoHelperSuite's animation).
+        self._shows_itself = False
 
     def all(self, x0: Tensor) -> list[Picture]:
         """Decode every frame of x0 [frames, c, h, w], in the UNet's scale."""
-        found = [self._decode(x0, frame) for frame in range(len(x0))]
+        for previewer in (self._previewer, self._colours):
+            found = [_decode(previewer, x0, frame) for frame in range(len(x0))]
+            if all(picture is not None for picture in found):
+                break
         return [picture for picture in found if picture is not None]
 
     def refreshed(self, x0: Tensor) -> list[Picture]:
@@ -107,19 +113,22 @@ class LatentFrames:
         now = time.monotonic()
         until = now + _SHARE_OF_TIME * (now - self._seen)
         self._seen = now
-        for _ in range(len(x0)):
-            picture = self._decode(x0, self._next)
-            if picture is not None:
-                self._latest[self._next] = picture
+        for _ in range(0 if self._shows_itself or self._previewer is None else len(x0)):
+            picture = _decode(self._previewer, x0, self._next)
+            if picture is None:
+                self._shows_itself = True
+                break
+            self._latest[self._next] = picture
             self._next = (self._next + 1) % len(x0)
             if time.monotonic() > until:
                 break
+        if self._shows_itself and self._previewer is not None:
+            self._previewer.decode_latent_to_preview_image("JPEG", x0)
         return [self._latest[frame] for frame in sorted(self._latest)]
 
-    def _decode(self, x0: Tensor, frame: int) -> Picture | None:
-        if self._previewer is None:
-            return None
-        return self._previewer.decode_latent_to_preview_image("JPEG", x0[frame : frame + 1])
+
+def _decode(previewer: Any, x0: Tensor, frame: int) -> Picture | None:
+    return previewer and previewer.decode_latent_to_preview_image("JPEG", x0[frame : frame + 1])
 
 
 def sampling_callback(model: Any, preview: MovingPreview) -> Callable[[int, Tensor, Tensor, int], None]:
