@@ -130,6 +130,12 @@ class Trainer:
     def __iter__(self) -> Iterator[TuneStep]:
         while not self.ended:
             yield self.train_step(*self.draw())
+        if self._is_out_of_patience():
+            logging.info(
+                "Tune-A-Video: tuning ends after step %d: the loss has not fallen for %d steps; its weights are kept",
+                self.done,
+                self.patience,
+            )
 
     @property
     def ended(self) -> bool:
@@ -336,14 +342,7 @@ class Trainer:
     def _is_out_of_patience(self) -> bool:
         if not self.patience or not self.done or self.done % CHECK_INTERVAL:
             return False
-        if self._end_of_patience(self._history[:, : self.done]) != self.done:
-            return False
-        logging.info(
-            "Tune-A-Video: tuning ends after step %d: the loss has not fallen for %d steps; its weights are kept",
-            self.done,
-            self.patience,
-        )
-        return True
+        return self._end_of_patience(self._history[:, : self.done]) == self.done
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
