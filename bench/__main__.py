@@ -10,6 +10,7 @@ python bench COMMAND [--help]
   cards                                 the planner's choices for graphics cards, on paper
   ranks                                 the loss of saving a motion at a rank
   evaluate                              the figures of the Evaluate Video node for two files
+  dataset                               a study: all edits of a data set, on one machine or many
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ COMMANDS = {
     "ablation": "ablation",
     "ranks": "ranks",
     "evaluate": "evaluate",
+    "dataset": "dataset.command",
 }
 
 
