@@ -101,22 +101,35 @@ def _study(
     output: Path, rows: list[layouts.Row], settings: jobs.Settings, options: dict[str, Any], report: dict[str, Any]
 ) -> dict[str, Any]:
     rows, unreadable = _with_sources(output, rows, settings)
+    # A clip's tuning comes first, and all its edits by one method in turn: a server keeps its last inversion only.
+    methods = sorted(dict.fromkeys(options["methods"]), key=jobs.METHODS.index)
     todo = [
-        job for row in rows for method in options["methods"] if not (job := _job(output, method, row)).result.is_dir()
+        job
+        for clip in dict.fromkeys(results.clip_id(row) for row in rows)
+        for method in methods
+        for row in rows
+        if results.clip_id(row) == clip and not (job := _job(output, method, row)).result.is_dir()
     ]
     started = time.monotonic()
     outcome = jobs.Outcome(failed=[])
     if todo:
-        print(f"{len(todo)} edits to make, {len(rows) * len(options['methods']) - len(todo)} are there", flush=True)
+        print(f"{len(todo)} edits to make, {len(rows) * len(methods) - len(todo)} are there", flush=True)
         workers, shared = _workers(output, settings, options)
         outcome = jobs.share(todo, workers, shared, _say(output, started))
     failed = [f"{_shown(output, job)}: {reason}" for job, reason in outcome.failed or ()]
-    systems = {method: output / "results" / method for method in options["methods"]}
+    systems = {method: output / "results" / method for method in methods}
     systems |= dict(_named_folder(text) for text in options["also"])
-    for method in options["methods"]:
+    for method in methods:
         results.write_editboard(output, method, rows)
     clip = _clip(settings, options["clip_vision"], options["clip"])
     scored, missing = scoring.score_all(output, systems, rows, clip, lambda line: print(line, flush=True))
+    if options["labels"]:
+        try:
+            report["rank_correlation"] = scoring.rank_correlation(scored, scoring.read_labels(options["labels"]))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--labels: {error}") from error
+        for figure, value in sorted(report["rank_correlation"].items(), key=lambda pair: -abs(pair[1])):
+            print(f"rank correlation with people: {figure} {value:+.3f}")
     report |= {
         "settings": settings.to_json(),
         "edits_made": outcome.made,
@@ -126,7 +139,7 @@ def _study(
         "missing": missing,
         "unreadable": unreadable,
         "results_sha256": results.digest(
-            [results.edit_folder(output, method, row) for method in options["methods"] for row in rows]
+            [results.edit_folder(output, method, row) for method in methods for row in rows]
         ),
     }
     print(f"\n{scoring.write_tables(output, scored, report)}")

@@ -168,7 +168,9 @@ def share(
         while (job := pool.take(worker.name)) is not None:
             error: Exception | None = None
             try:
-                worker.edit(job)
+                # A worker can die between the last picture and its answer.
+                if not job.result.is_dir():
+                    worker.edit(job)
             except Exception as raised:  # a failed edit must not end the others
                 error = raised
             if pool.stopped:

@@ -252,8 +252,23 @@ def rank_correlation(scored: Sequence[Scored], labels: Mapping[tuple[str, str, s
             and math.isfinite(each.figures[figure])
             and (key := (each.method, each.row.video, each.row.edit)) in labels
         ]
-        if len(pairs) >= 3:
-            value = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-            if math.isfinite(value):
-                found[figure] = value
+        columns = list(zip(*pairs, strict=True))
+        if len(pairs) >= 3 and all(len(set(column)) > 1 for column in columns):
+            found[figure] = float(spearmanr(*columns).statistic)
     return found
+
+
+def read_labels(file: Path) -> dict[tuple[str, str, str], float]:
+    """Read people's labels from a csv with the columns method, video, edit and label; several are averaged.
+
+    ``edit`` is the sentence. Raises ValueError with the line of a row that cannot be read.
+    """
+    found: dict[tuple[str, str, str], list[float]] = {}
+    with file.open(newline="", encoding="utf-8-sig") as text:
+        reader = csv.DictReader(text)
+        for row in reader:
+            try:
+                found.setdefault((row["method"], row["video"], row["edit"]), []).append(float(row["label"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file}:{reader.line_num}: it needs method, video, edit and label") from error
+    return {key: statistics.fmean(values) for key, values in found.items()}
