@@ -11,6 +11,7 @@ python bench COMMAND [--help]
   ranks                                 the loss of saving a motion at a rank
   evaluate                              the figures of the Evaluate Video node for two files
   dataset                               a study: all edits of a data set, on one machine or many
+  votes                                 a page on which people compare the edits of a study
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ COMMANDS = {
     "ranks": "ranks",
     "evaluate": "evaluate",
     "dataset": "dataset.command",
+    "votes": "votes.command",
 }
 
 

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=int, help="frames a clip at most; default: as the list says, else 24 (demo: 8)"
     )
+    parser.add_argument("--labels", type=Path, help="csv of people's labels: method, video, edit, label")
     parser.add_argument("--size", type=int, help="side of the frames in pixels")
     parser.add_argument("--steps", type=int, dest="tune_steps", help="tuning steps")
     parser.add_argument("--learning-rate", type=float)
@@ -118,7 +119,7 @@ def _study(
         outcome = jobs.share(todo, workers, shared, _say(output, started))
     failed = [f"{_shown(output, job)}: {reason}" for job, reason in outcome.failed or ()]
     systems = {method: output / "results" / method for method in methods}
-    systems |= dict(_named_folder(text) for text in options["also"])
+    systems |= dict(named_folder(text) for text in options["also"])
     for method in methods:
         results.write_editboard(output, method, rows)
     clip = _clip(settings, options["clip_vision"], options["clip"])
@@ -252,7 +253,8 @@ def _clip(settings: jobs.Settings, vision: Path | None, text: Path | None) -> sc
     )
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
+def named_folder(text: str) -> tuple[str, Path]:
+    """Split NAME=FOLDER. Exits for a folder that is not there and for a name that the study uses itself."""
     name, equals, folder = text.partition("=")
     if not equals or not name or not Path(folder).is_dir() or name in jobs.METHODS:
         raise SystemExit(f"--also: {text!r} is not NAME=FOLDER with a folder that is there and a name of its own")
