@@ -288,7 +288,7 @@ def test_other_systems_are_scored_by_the_same_evaluator(tmp_path: Path) -> None:
     )
     assert scoring.score_all(output, systems, rows, None, lambda line: None)[0][0].figures["WarpSSIM"] < 1
     text = scoring.write_tables(output, scored, {"settings": {}})
-    assert f"| {jobs.TUNED} | 2 |" in text and "## style" in text
+    assert f"| figure | {jobs.TUNED} | other |" in text and "| edits | 2 | 1 |" in text and "## style" in text
     with (output / "table.csv").open(newline="") as file:
         assert [line["name"] for line in csv.DictReader(file)] == ["style", "object", "style"]
     assert json.loads((output / "table.json").read_text())["summary"][0]["edits"] == 2

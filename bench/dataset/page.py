@@ -38,7 +38,11 @@ def write(output: Path, systems: Mapping[str, Path], rows: Sequence[Row], scored
         if shown:
             file = _video(output, row, shown)
             sections.append(_section(row, file.relative_to(output).as_posix()))
-    body = "\n".join([*_tables(scoring.summary(scored)), *sections])
+    lines = scoring.summary(scored)
+    whole = [line for line in lines if line["kind"] == "all"]
+    by_kind = [line for line in lines if line["kind"] != "all"]
+    details = ["<details><summary>By kind of edit</summary>", *_tables(by_kind), "</details>"] if by_kind else []
+    body = "\n".join([*_tables(whole), *details, *sections])
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -195,17 +195,17 @@ def summary(scored: Sequence[Scored]) -> list[dict[str, Any]]:
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Format a summary as one table a kind: methods below each other, figures side by side."""
+    """Format a summary as one table a kind: figures below each other, methods side by side."""
     parts = []
     for kind in dict.fromkeys(line["kind"] for line in lines):
         mine = [line for line in lines if line["kind"] == kind]
-        figures = list(dict.fromkeys(line["figure"] for line in mine))
+        methods = list(dict.fromkeys(line["method"] for line in mine))
         cells = {(line["method"], line["figure"]): line for line in mine}
-        parts += [f"## {kind}", "", f"| method | edits | {' | '.join(figures)} |", "| --- " * (len(figures) + 2) + "|"]
-        for method in dict.fromkeys(line["method"] for line in mine):
-            shown = [_cell(cells.get((method, figure))) for figure in figures]
-            edits = max(line["edits"] for line in mine if line["method"] == method)
-            parts.append(f"| {method} | {edits} | {' | '.join(shown)} |")
+        edits = [max(line["edits"] for line in mine if line["method"] == method) for method in methods]
+        parts += [f"## {kind}", "", f"| figure | {' | '.join(methods)} |", "| --- " * (len(methods) + 1) + "|"]
+        parts.append(f"| edits | {' | '.join(map(str, edits))} |")
+        for figure in dict.fromkeys(line["figure"] for line in mine):
+            parts.append(f"| {figure} | {' | '.join(_cell(cells.get((method, figure))) for method in methods)} |")
         parts.append("")
     return "\n".join([*parts, "Mean over edits (standard deviation of the clips' means).", ""])
 
