@@ -94,6 +94,10 @@ class RayWorker:
         """Return the bytes that are free where the actor runs."""
         return int(self._ray.get(self._actor.free_memory.remote()))
 
+    def process_id(self) -> int:
+        """Return the id of the actor's process on its machine."""
+        return int(self._ray.get(self._actor.process_id.remote()))
+
     def edit(self, job: Job) -> None:
         values = {key: str(value) for key, value in dataclasses.asdict(job).items()}
         files = [job.work / MOTION, job.work / NOISE.format(job.method)]
