@@ -10,6 +10,8 @@ python bench COMMAND [--help]
   cards                                 the planner's choices for graphics cards, on paper
   ranks                                 the loss of saving a motion at a rank
   evaluate                              the figures of the Evaluate Video node for two files
+  dataset                               a study: all edits of a data set, on one machine or many
+  votes                                 a page on which people compare the edits of a study
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ COMMANDS = {
     "ablation": "ablation",
     "ranks": "ranks",
     "evaluate": "evaluate",
+    "dataset": "dataset.command",
+    "votes": "votes.command",
 }
 
 

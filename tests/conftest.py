@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ SUBJECTS = {
     "browser": "tests in a browser",
     "reference": "tests on reference files",
     "shared": "tests on the shared clips",
+    "ray": "tests on a Ray cluster",
 }
 
 # Before pytest_configure, because conftest files further down may import the pack at their top.
@@ -86,6 +88,8 @@ def _absent(config: pytest.Config) -> dict[str, str]:
         absent["host"] = absent["comfyui"] = "--engine pypi" if config.option.engine == "pypi" else why
     if no_browser := browser.why_absent():
         absent["browser"] = no_browser
+    if importlib.util.find_spec("ray") is None:
+        absent["ray"] = "Ray is not installed (pip install ray)"
     if not config.option.reference:
         absent["reference"] = f"no --reference, and no file in {SHARED / 'reference'}"
     if not _shared_videos():

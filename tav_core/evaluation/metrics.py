@@ -5,69 +5,21 @@ Videos are [frames, height, width, 3] in 0..1. The CLIP scores are the paper's; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from ..errors import Refusal
+from .background import background_psnr, background_ssim, semantic_score
 from .clip_scores import clip_scores, frame_consistency, similarity_to_previous, textual_faithfulness
-from .optical_flow import channels_first, optical_flow, visible_in_both, warp
-
-# Flow below this root mean square, in pixels, is rounding error: the video does not move.
-_STILL = 0.01
-
-
-def motion_alignment(flow: Tensor, edited_flow: Tensor) -> float:
-    """Return the cosine similarity of two videos' optical flows [frames - 1, 2, h, w], -1..1.
-
-    It is taken over all pixels and frames at once, so that large motion weighs more. 0 if either video is still.
-    """
-    if min(float(each.square().mean()) for each in (flow, edited_flow)) < _STILL**2:
-        return 0.0
-    return float((flow * edited_flow).sum() / (flow.norm() * edited_flow.norm()))
+from .motion import end_point_error, ff_beta, motion_alignment, motion_fidelity
+from .optical_flow import optical_flow
+from .warping import ff_alpha, warp_error, warp_ssim
 
 
-def warp_error(edited: Tensor, flow: Tensor, backward: Tensor) -> tuple[float, list[float]]:
-    """Return how far the edited video departs from the source's motion: root mean square in 0..1, and per frame pair.
-
-    Each edited frame is compared with the next one, warped back along the *source's* ``flow`` [frames - 1, 2, h, w],
-    at the pixels that the source shows in both frames. ``backward`` is the source's flow from each frame to the
-    one before.
-    """
-    visible = visible_in_both(flow, backward)
-    planes = channels_first(edited)
-    squares = (warp(planes[1:], flow) - planes[:-1]).square().mean(1) * visible
-    per_pair = (squares.sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)).sqrt()
-    return math.sqrt(float(squares.sum() / visible.sum().clamp(min=1))), per_pair.tolist()
-
-
-def background_psnr(source: Tensor, edited: Tensor, mask: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB outside a mask [frames or 1, h, w] (>= 0.5: edited); inf if equal.
-
-    Raises Refusal for a mask of another size or length, and for one that leaves no background.
-    """
-    frames, height, width = source.shape[:3]
-    masks = mask.reshape(-1, *mask.shape[-2:])
-    if masks.shape[1:] != (height, width):
-        raise Refusal(
-            "mask",
-            f"it is {masks.shape[2]}x{masks.shape[1]}, and the video's frames are {width}x{height}",
-            "Scale it to the size of the frames.",
-        )
-    if len(masks) not in (1, frames):
-        raise Refusal(
-            "mask",
-            f"it has {len(masks)} frames, and the video has {frames}",
-            "Connect one mask for all frames, or one for each frame.",
-        )
-    outside = (masks < 0.5).expand(frames, -1, -1)
-    if not outside.any():
-        raise Refusal(
-            "mask", "it covers every pixel, so there is no background to compare", "Disconnect it, or mask a part."
-        )
-    error = float((source.double() - edited.double()).square().mean(-1)[outside].mean())
-    return 10 * math.log10(1 / error) if error else math.inf
+def source_flows(source: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a video's optical flow to the next frame and back, [frames - 1, 2, h, w] each."""
+    return optical_flow(source[:-1], source[1:]), optical_flow(source[1:], source[:-1])
 
 
 def evaluate(
@@ -76,12 +28,15 @@ def evaluate(
     embeddings: Tensor | None = None,
     text: Tensor | None = None,
     mask: Tensor | None = None,
+    flows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Compute all figures by name, and the curves over frames by name.
 
     ``source``, ``edited``: [frames, h, w, 3] in 0..1. ``embeddings``: the edit's CLIP image embeddings
     [frames, width]; ``text``: its prompt's [width]; ``mask`` [frames or 1, h, w]: the edited region. Figures whose
-    inputs are missing are left out. Raises Refusal for inputs that do not match.
+    inputs are missing are left out, and so is FF-alpha for a source that does not warp well. ``flows``: the
+    source's ``source_flows``, for several edits of one source; they are computed if missing. Raises Refusal for inputs
+    that do not match.
     """
     check_same(source, edited)
     figures: dict[str, float] = {}
@@ -100,12 +55,25 @@ def evaluate(
             figures["textual faithfulness"] = textual_faithfulness(embeddings, text)
             curves["CLIP score"] = clip_scores(embeddings, text).tolist()
     figures["motion alignment"] = figures["warp error"] = 0.0
-    if len(source) > 1:
-        flow, backward = optical_flow(source[:-1], source[1:]), optical_flow(source[1:], source[:-1])
-        figures["motion alignment"] = motion_alignment(flow, optical_flow(edited[:-1], edited[1:]))
+    moves = len(source) > 1
+    if moves:
+        flow, backward = flows or source_flows(source)
+        edited_flow = optical_flow(edited[:-1], edited[1:])
+        figures["motion alignment"] = motion_alignment(flow, edited_flow)
         figures["warp error"], curves["warp error"] = warp_error(edited, flow, backward)
     if mask is not None:
         figures["background PSNR, dB"] = background_psnr(source, edited, mask)
+    if moves:
+        figures["minus end-point error, px"] = end_point_error(flow, edited_flow)
+        figures["motion fidelity"] = motion_fidelity(flow, edited_flow)
+        figures["FF-beta"] = ff_beta(flow, edited_flow)
+        alpha = ff_alpha(source, edited, flow)
+        if alpha is not None:
+            figures["FF-alpha"] = alpha
+        figures["WarpSSIM"] = warp_ssim(edited, flow)
+    if mask is not None:
+        figures["background SSIM"] = background_ssim(source, edited, mask)
+        figures["semantic score"] = semantic_score(source, edited, mask)
     return figures, curves
 
 
@@ -115,6 +83,13 @@ _GOOD = {
     "motion alignment": "1 = moves as the source, 0 = unrelated",
     "warp error": "0 = follows the source's motion exactly",
     "background PSNR, dB": "higher = kept better outside the mask; above 30 it looks the same",
+    "minus end-point error, px": "0 = every pixel moves as in the source (V2VBench)",
+    "motion fidelity": "1 = the tracks of points are the source's (Yatim et al.)",
+    "FF-beta": "0 = directions of motion as in the source, 2 = opposite (EditBoard)",
+    "FF-alpha": "0 = follows the source's motion exactly, in grey levels of 255 (EditBoard)",
+    "WarpSSIM": "1 = follows the source's motion exactly (RAVE)",
+    "background SSIM": "1 = kept outside the mask",
+    "semantic score": "0 = kept outside the mask, in grey levels of 255 (EditBoard)",
 }
 
 
