@@ -182,3 +182,17 @@ def test_every_file_is_python_3_10() -> None:
     for file in ROOT.rglob("*.py"):
         if ".venv" not in file.parts:
             ast.parse(file.read_text(), file.name, feature_version=(3, 10))
+
+
+def test_the_archive_has_nothing_that_the_registry_refuses() -> None:
+    """Its policies as ruff's rules: eval, exec, pickle, shells, fetched addresses, several statements in a line."""
+    left_out = set((ROOT / ".comfyignore").read_text().split())
+    packed = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/")) if path.name not in left_out]
+    folders = [str(path) for path in packed if not path.name.startswith((".", "_")) or path.suffix == ".py"]
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--ignore-noqa", "--output-format", "concise"]
+    ran = subprocess.run([*ruff, "--select", "S,E702", "--ignore", "S101", *folders], capture_output=True, text=True)
+    found = [line for line in ran.stdout.splitlines() if ".py:" in line]
+    assert ran.returncode == 1 and all(" S603 " in line for line in found), ran.stdout
+    assert {Path(line.split(":")[0]).name for line in found} == {"process.py", "encode.py"}
+    texts = {path: path.read_text(encoding="utf-8") for folder in folders for path in Path(folder).rglob("*.py")}
+    assert texts and not [path for path, text in texts.items() if re.search(r"\bpip\b.{0,20}\binstall\b", text)]
