@@ -12,7 +12,7 @@ from .invert import REMEDY
 from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
-from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, search_aliases
+from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, TRAJECTORY_KEY, search_aliases
 from .support.wiring import check_inverted
 
 LAST_STEPS = ("clip noise level", "zero")
@@ -109,7 +109,8 @@ class TAVSample(io.ComfyNode):
                 seed=seed,
                 last_step=last_step,
             )
-        out = {key: value for key, value in latent.items() if key not in (CLIP_KEY, MADE_WITH_KEY, "noise_mask")}
+        inputs = (CLIP_KEY, MADE_WITH_KEY, TRAJECTORY_KEY, "noise_mask")
+        out = {key: value for key, value in latent.items() if key not in inputs}
         return io.NodeOutput({**out, "samples": edited})
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import host, schedule
+from .control.trajectory import Recorder, Trajectory
 from .errors import Refusal
 from .inflate import Inflation
 from .invert import ddim_invert
@@ -55,16 +56,48 @@ def invert(
     conditioning: host.Conditioning,
     steps: int = 50,
     callback: host.StepCallback | None = None,
+    *,
+    refine: bool = False,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Return the noise that the inflated MODEL maps back to the clip, by ``steps`` steps of DDIM inversion.
 
-    The result is scaled as samplers expect a fully noised latent. Raises RuntimeError where it is not finite.
+    The result is scaled as samplers expect a fully noised latent. ``refine``: one fixed-point pass a step.
+    ``recorder``: keeps the latent of every step. Raises RuntimeError where the result is not finite.
     """
-    sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
     inverted = host.run_sampler(
-        model, ddim_invert, sigmas, (conditioning, conditioning), 1.0, latent, callback=callback
+        model,
+        ddim_invert,
+        schedule.inversion_sigmas(host.sigma_table(model), steps),
+        (conditioning, conditioning),
+        1.0,
+        latent,
+        callback=callback,
+        refine=refine,
+        keep=recorder,
     )
     return host.check_prediction(inverted)
+
+
+def invert_and_keep(
+    model: host.ModelPatcher,
+    latent: Tensor,
+    conditioning: host.Conditioning,
+    steps: int = 50,
+    callback: host.StepCallback | None = None,
+    *,
+    refine: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Trajectory]:
+    """Return the inverted latent as ``invert`` does, and the trajectory that a controlled ``sample`` needs.
+
+    ``dtype``: what the trajectory is stored in, in CPU memory; 24 frames of 512 x 512 and 50 steps take 79 MB in
+    float32.
+    """
+    recorder = Recorder(steps, latent, host.model_scale(model), dtype)
+    inverted = invert(model, latent, conditioning, steps, callback, refine=refine, recorder=recorder)
+    sigmas = schedule.inversion_sigmas(host.sigma_table(model), steps)
+    return inverted, Trajectory(latent, recorder.latents, sigmas, conditioning)
 
 
 def sample(
