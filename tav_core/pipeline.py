@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from . import host, schedule
+from .control.run import ControlledRun, check_trajectory
+from .control.settings import Control
 from .control.trajectory import Recorder, Trajectory
+from .control.words import words_in
 from .errors import Refusal
 from .inflate import Inflation
 from .invert import ddim_invert
@@ -111,17 +114,23 @@ def sample(
     clip: Tensor | None = None,
     noise_mask: Tensor | None = None,
     callback: host.StepCallback | None = None,
+    control: ControlledRun | None = None,
     **options: Any,
 ) -> Tensor:
     """Sample the edited clip from the inverted ``latent`` by DDIM with classifier-free guidance.
 
     ``noise_mask``: a LATENT's mask; only where it is 1 the clip changes. It needs ``clip``, the latent that was
-    inverted. ``options``: ``eta`` 0 (DDIM) to 1, ``seed`` of its noise, ``last_step`` of
-    ``schedule.sampling_sigmas``. Raises ValueError for a mask without its clip, RuntimeError where the result is not
-    finite.
+    inverted. ``control``: of ``controlled``; one whose levers are all off is plain sampling. ``options``: ``eta``
+    0 (DDIM) to 1, ``seed`` of its noise, ``last_step`` of ``schedule.sampling_sigmas``. Raises ValueError for a mask
+    without its clip, RuntimeError where the result is not finite.
     """
     seed = options.pop("seed", 0)
     sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps, options.pop("last_step", "clip noise level"))
+    if control is not None:
+        if control.control.acts:
+            model, latent = _inflated(model), control.start(latent, seed)
+        else:
+            control = None
     start, noise = latent, None
     if noise_mask is not None:
         start, noise = _clip_and_noise(model, latent, clip, float(sigmas[0]))
@@ -136,6 +145,7 @@ def sample(
         noise_mask=noise_mask,
         seed=seed,
         callback=callback,
+        control=control,
         noise_seed=seed,
         **options,
     )
@@ -143,7 +153,29 @@ def sample(
     if noise_mask is not None:
         # The last level, alpha_bar[0], is not quite clean: outside the mask the clip must be exact.
         edited = host.paste_masked(edited, start, noise_mask)
-    return edited
+    return edited if control is None else control.pasted(edited)
+
+
+def controlled(
+    model: host.ModelPatcher,
+    control: Control,
+    trajectory: Trajectory | None,
+    latent: Tensor,
+    positive: host.Conditioning,
+) -> ControlledRun:
+    """Return the ``control`` of ``sample``: what an edit keeps of the clip; its ``mask`` is known after the sampling.
+
+    ``trajectory``: of ``invert_and_keep``, for the inverted ``latent``. ``positive``: the edit's sentence; from Edit
+    Prompt it knows its words. Raises Refusal for inputs that do not belong together.
+    """
+    trajectory = check_trajectory(trajectory, latent)
+    return ControlledRun(control, trajectory, words_in(positive), host.model_scale(model))
+
+
+def _inflated(model: host.ModelPatcher) -> host.ModelPatcher:
+    """Return a MODEL that controls can reach into: a plain one gets an inflation that changes nothing."""
+    plain = Inflation("per frame", pool_group_norm=False)
+    return model if host.inflation_of(model) is not None else host.inflate_model(model, plain)
 
 
 def _clip_and_noise(

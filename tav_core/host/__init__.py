@@ -8,6 +8,9 @@ from .clip import (
     image_embeddings,
     text_embedding,
 )
+from .controlled import (
+    controlled_guider,
+)
 from .inflated_model import (
     InflationRecord,
     carried_motion,
@@ -87,6 +90,7 @@ __all__ = [
     "check_single_prompt",
     "computes_bfloat16",
     "context_width",
+    "controlled_guider",
     "evictable_memory",
     "family",
     "free_memory",
