@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import host, schedule
-from .control.run import ControlledRun, check_trajectory
+from .control.run import ControlledRun, check_trajectory, check_words
 from .control.settings import Control
 from .control.trajectory import Recorder, Trajectory
 from .control.words import words_in
@@ -128,7 +128,7 @@ def sample(
     sigmas = schedule.sampling_sigmas(host.sigma_table(model), steps, options.pop("last_step", "clip noise level"))
     if control is not None:
         if control.control.acts:
-            model, latent = _inflated(model), control.start(latent, seed)
+            model = _inflated(model)
         else:
             control = None
     start, noise = latent, None
@@ -169,7 +169,18 @@ def controlled(
     Prompt it knows its words. Raises Refusal for inputs that do not belong together.
     """
     trajectory = check_trajectory(trajectory, latent)
-    return ControlledRun(control, trajectory, words_in(positive), host.model_scale(model))
+    return ControlledRun(control, trajectory, check_words(words_in(positive), positive), host.model_scale(model))
+
+
+def guider(
+    model: host.ModelPatcher,
+    positive: host.Conditioning,
+    negative: host.Conditioning,
+    guidance: float,
+    control: ControlledRun,
+) -> Any:
+    """Return ComfyUI's GUIDER for ``control``, so that any sampler can run it."""
+    return host.controlled_guider(_inflated(model), (positive, negative), guidance, control)
 
 
 def _inflated(model: host.ModelPatcher) -> host.ModelPatcher:

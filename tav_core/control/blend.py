@@ -35,10 +35,17 @@ def resized_mask(mask: Tensor, frames: int, height: int, width: int) -> Tensor:
     if not torch.isfinite(mask).all():
         raise Refusal("mask", "it holds values that are not finite (NaN or infinity)", "Draw it again.")
     if len(mask) not in (1, frames):
-        raise Refusal("mask", f"it has {len(mask)} frames, the clip has {frames}", "Give one for all, or one each.")
+        raise Refusal("mask", f"it has {len(mask)} frames, the clip has {frames}", "Give one for all or one each.")
     larger = mask.shape[-2] >= height and mask.shape[-1] >= width
     mask = F.adaptive_max_pool2d(mask, (height, width)) if larger else F.interpolate(mask, (height, width))
     return mask.clamp(0, 1).expand(frames, -1, -1, -1)
+
+
+def frame_masks(mask: Tensor | None, latent: Tensor) -> Tensor:
+    """Return a MASK [frames, h, w] on the CPU for a latent [frames, c, h, w]; all 1 where there is none."""
+    frames, _, height, width = latent.shape
+    mask = latent.new_ones(1, height, width) if mask is None else mask
+    return resized_mask(mask, frames, height, width)[:, 0].cpu().contiguous()
 
 
 def word_attention(q: Tensor, k: Tensor, heads: int, words: Tensor) -> Tensor:

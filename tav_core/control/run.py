@@ -71,13 +71,19 @@ class ControlledRun:
         """Return where the clip may change, [frames, 1, h, w], as far as it is known."""
         return self._given if self._maps is None else self._maps.mask(self.control.threshold)
 
-    def start(self, inverted: Tensor, seed: int) -> Tensor:
-        """Return the inverted latent [frames, c, h, w], in LATENT scale, with a share of its noise drawn anew."""
-        if not self.control.fresh_noise:
-            return inverted
+    def start(self, noise: Tensor, latent: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return noise and latent of a sampling with a share of the noise drawn anew.
+
+        ``noise``: of unit variance, or zeros for a ``latent`` that is noise already, in LATENT scale.
+        """
+        share = self.control.fresh_noise
+        if share == 0:
+            return noise, latent
+        if noise.any():
+            return freed_noise(noise, share, seed, self._given), latent
         # The standard deviation of fully noised latents in this scale: sigma is large against the clip.
         spread = float(1 + self.trajectory.sigmas[-1] ** 2) ** 0.5 / self._scale
-        return freed_noise(inverted / spread, self.control.fresh_noise, seed, self._given) * spread
+        return noise, freed_noise(latent / spread, share, seed, self._given) * spread
 
     def step(self, sigma: float, number: int, steps: int, like: Tensor) -> Step:
         """Return the levers at a noise level. ``number`` of ``steps``, from 0; ``like``: for device and dtype."""
@@ -114,6 +120,18 @@ class ControlledRun:
         if mask is None:
             return edited
         return torch.lerp(self.trajectory.clip.to(edited), edited, mask.to(edited))
+
+
+def check_words(words: EditWords | None, positive: Any) -> EditWords | None:
+    """Return an edit's words. Raises Refusal where the CONDITIONING was changed after Edit Prompt made it."""
+    if words is not None and any(embedding.shape[1] != words.lengths[1] for embedding, _ in positive):
+        found = ", ".join(str(embedding.shape[1]) for embedding, _ in positive)
+        raise Refusal(
+            "positive",
+            f"its words cannot be aligned: Edit Prompt made {words.lengths[1]} tokens, and it has {found}",
+            "Connect Edit Prompt without other prompts, or CLIP Text Encode with a mask.",
+        )
+    return words
 
 
 def check_trajectory(trajectory: Trajectory | None, samples: Tensor) -> Trajectory:

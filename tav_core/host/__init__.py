@@ -5,6 +5,7 @@ attachments) runs the same code through ``set_model_unet_function_wrapper``.
 """
 
 from .clip import (
+    encode_edit,
     image_embeddings,
     text_embedding,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "computes_bfloat16",
     "context_width",
     "controlled_guider",
+    "encode_edit",
     "evictable_memory",
     "family",
     "free_memory",

@@ -54,8 +54,12 @@ def controlled_guider(
 def _outer_sample(run: ControlledRun) -> Any:
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         run.begin()
+        given = inspect.signature(executor.original).bind(*args, **kwargs)
+        values = given.arguments
+        noise, latent, seed = values["noise"], values["latent_image"], values.get("seed")
+        values["noise"], values["latent_image"] = run.start(noise, latent, seed or 0)
         try:
-            return executor(*args, **kwargs)
+            return executor(*given.args, **given.kwargs)
         finally:
             run.end()
 
