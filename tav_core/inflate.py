@@ -38,10 +38,12 @@ class Layout:
     """The order of rows on the batch axis: rows = chunks * frames, frames innermost.
 
     A chunk is the host's word for one conditioning that shares the batch with others; each is a whole video.
+    ``shuffle``: seed of the order of "shuffled groups", another one for each step.
     """
 
     frames: int
     chunks: int
+    shuffle: int = 0
 
 
 class AttentionControl(Protocol):
@@ -82,13 +84,13 @@ def _spatial_attention(
     layout: Layout,
     backend: Backend,
     first_frame: FirstFrame | None,
-    control: AttentionControl | None,
+    control: AttentionControl | None = None,
 ) -> Forward:
     def gather(name: str, tokens: Tensor) -> Tensor:
         first = None
         if first_frame is not None:
             first = first_frame(path, name, by_frame(tokens, layout.frames, layout.chunks))
-        return gather_frames(tokens, layout.frames, layout.chunks, mode, first)
+        return gather_frames(tokens, layout.frames, layout.chunks, mode, first, layout.shuffle)
 
     def forward(
         x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Any = None, **options: Any
@@ -96,10 +98,11 @@ def _spatial_attention(
         context = x if context is None else context
         value = context if value is None else value
         # Project first, gather after: each frame's keys are computed once, not once per frame that looks.
-        q, k, v = attn.to_q(x), attn.to_k(context), gather("v", attn.to_v(value))
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(value)
 
         def attend(q: Tensor, k: Tensor, name: str) -> Tensor:
-            return backend.attend(q, gather(name, k), v, attn.heads, attn_precision=attn.attn_precision, **options)
+            gathered = gather(name, k), gather("v", v)
+            return backend.attend(q, *gathered, attn.heads, attn_precision=attn.attn_precision, **options)
 
         return attn.to_out(attend(q, k, "k") if control is None else control.self_attention(path, q, k, attend))
 

@@ -133,6 +133,12 @@ def _patcher_class() -> Any:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
+def _shuffle(transformer_options: Mapping[str, Any]) -> int:
+    """Return a number of the step at hand, the same for all its conditionings and windows."""
+    sigmas = transformer_options.get("sigmas")
+    return 0 if sigmas is None else int(1e4 * float(sigmas.flatten()[0]))
+
+
 def _layers_of(base_model: Any, default: torch.nn.Module) -> torch.nn.Module:
     """Return the layers that are loaded beside the model which runs: another GPU has its own."""
     patcher = getattr(base_model, "current_patcher", None)
@@ -165,7 +171,8 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
         unet = base_model.diffusion_model
         # The host runs several conditionings in one batch, each a whole video.
         chunks = len(transformer_options.get("cond_or_uncond", ())) or 1
-        layout, backend = Layout(frames=x.shape[0] // chunks, chunks=chunks), _HostBackend()
+        shuffle = _shuffle(transformer_options) if inflation.attention == "shuffled groups" else 0
+        layout, backend = Layout(x.shape[0] // chunks, chunks, shuffle), _HostBackend()
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
         added = _layers_of(base_model, root)
