@@ -108,5 +108,5 @@ class WordMaps:
         maps = F.interpolate(maps, self._size, mode="bilinear")
         maps = maps / maps.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
         before, after = torch.cat([maps[:1], maps[:-1]]), torch.cat([maps[1:], maps[-1:]])
-        maps = (before + 2 * maps + after) / 4
+        maps = (before + 4 * maps + after) / 6
         return (maps > threshold * maps.amax((1, 2, 3), keepdim=True)).float()
