@@ -5,6 +5,8 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     compare_videos,
     demo_model,
+    edit_control,
+    edit_prompt,
     evaluate_video,
     inflate,
     invert,
@@ -22,7 +24,9 @@ NODES: list[type[io.ComfyNode]] = [
     *load_video.NODES,
     *inflate.NODES,
     *tune.NODES,
+    *edit_prompt.NODES,
     *invert.NODES,
+    *edit_control.NODES,
     *sample.NODES,
     *save_video.NODES,
     *save_motion.NODES,

@@ -37,7 +37,8 @@ class InflateUNet(io.ComfyNode):
                     options=list(SPATIAL_MODES),
                     default="sparse-causal",
                     tooltip="Which frames a frame looks at. The method uses sparse-causal: the first and the "
-                    "previous one. The others are for comparison.",
+                    "previous one. self, first and previous adds the frame itself; shuffled groups takes four, others "
+                    "in each step. The rest is for comparison.",
                 ),
                 io.Combo.Input(
                     "group_norm",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..tav_core import host
-from ..tav_core.pipeline import sample
+from ..tav_core.control.blend import frame_masks
+from ..tav_core.control.settings import Control
+from ..tav_core.pipeline import controlled, sample
 from .invert import REMEDY
 from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.preview import MovingPreview, sampling_callback
-from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, search_aliases
+from .support.types import CATEGORY, CLIP_KEY, MADE_WITH_KEY, TRAJECTORY_KEY, ControlType, search_aliases
 from .support.wiring import check_inverted
 
 LAST_STEPS = ("clip noise level", "zero")
@@ -69,8 +72,20 @@ class TAVSample(io.ComfyNode):
                     tooltip="Where sampling ends. clip noise level: where the inversion began, as the released code. "
                     "zero: as KSampler with the ddim_uniform scheduler.",
                 ),
+                ControlType.Input(
+                    "control",
+                    optional=True,
+                    tooltip="From Edit Control: what the edit keeps of the clip. Without it, the sentence decides.",
+                ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The edited clip, for VAE Decode.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The edited clip, for VAE Decode."),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="Where the clip may have changed, a frame each, of the latent's size: given or found. "
+                    "Without any it is 1 everywhere.",
+                ),
+            ],
         )
 
     @classmethod
@@ -87,6 +102,7 @@ class TAVSample(io.ComfyNode):
         eta: float,
         seed: int,
         last_step: str = LAST_STEPS[0],
+        control: Control | None = None,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
@@ -94,6 +110,10 @@ class TAVSample(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))
         check_inverted(model, latent, steps)
+        noise_mask, run = latent.get("noise_mask"), None
+        if control is not None and control.acts:
+            control = control if control.mask is not None else replace(control, mask=noise_mask)
+            run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive)
         with MovingPreview(steps) as preview:
             edited = sample(
                 model,
@@ -103,14 +123,17 @@ class TAVSample(io.ComfyNode):
                 steps,
                 guidance,
                 clip=latent.get(CLIP_KEY),
-                noise_mask=latent.get("noise_mask"),
+                noise_mask=noise_mask,
                 callback=sampling_callback(model, preview),
+                control=run,
                 eta=eta,
                 seed=seed,
                 last_step=last_step,
             )
-        out = {key: value for key, value in latent.items() if key not in (CLIP_KEY, MADE_WITH_KEY, "noise_mask")}
-        return io.NodeOutput({**out, "samples": edited})
+        inputs = (CLIP_KEY, MADE_WITH_KEY, TRAJECTORY_KEY, "noise_mask")
+        out = {key: value for key, value in latent.items() if key not in inputs}
+        mask = noise_mask if run is None else run.mask
+        return io.NodeOutput({**out, "samples": edited}, frame_masks(mask, samples))
 
 
 NODES = [TAVSample]

@@ -16,8 +16,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-SpatialMode = Literal["sparse-causal", "first frame only", "full", "per frame"]
+SpatialMode = Literal[
+    "sparse-causal", "first frame only", "full", "per frame", "self, first and previous", "shuffled groups"
+]
 SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
+
+# Frames of a shuffled group.
+GROUP = 4
 
 # CUDA's fused attention kernels put batch * heads on a grid axis of 65535 blocks.
 _MAX_FUSED_ROWS = 65535
@@ -25,19 +30,29 @@ _MAX_FUSED_ROWS = 65535
 SLICE_BYTES = 64 * 2**20
 
 
-def gather_frames(tokens: Tensor, frames: int, chunks: int, mode: SpatialMode, first: Tensor | None = None) -> Tensor:
+def gather_frames(
+    tokens: Tensor, frames: int, chunks: int, mode: SpatialMode, first: Tensor | None = None, shuffle: int = 0
+) -> Tensor:
     """Lay the keys (or values) of the frames that each frame attends to side by side.
 
     "sparse-causal" is the paper's ST-Attn (section 4.1): the first and the previous frame, where the previous
-    frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. The other modes are ablations.
+    frame of frame 0 is frame 0 itself; so frame i >= 1 never sees its own keys. "self, first and previous" adds them.
+    "shuffled groups" (RAVE, arXiv 2312.04524) lets the frames of a group see each other. The other modes are ablations.
 
     ``tokens``: [chunks * frames * tiles, n, c]; returns [chunks * frames * tiles, n * k, c] with k = 2 for
-    sparse-causal, 1 for first and per frame, ``frames`` for full attention. ``first``: the tokens
-    [chunks, 1, tiles, n, c] of the video's first frame, for frames that are a window without it.
+    sparse-causal, 3 with the frame itself, 1 for first and per frame, ``frames`` for full attention, at most ``GROUP``
+    for groups. ``first``: the tokens [chunks, 1, tiles, n, c] of the video's first frame, for frames that are a window
+    without it. ``shuffle``: see ``shuffled_groups``.
     """
     if mode == "per frame":
         return tokens
     x = by_frame(tokens, frames, chunks)
+    if mode == "shuffled groups":
+        x = x[:, shuffled_groups(frames, shuffle)]
+        return rearrange(x, "chunks frames k tiles n c -> (chunks frames tiles) (k n) c")
+    if mode == "self, first and previous":
+        others = gather_frames(tokens, frames, chunks, "sparse-causal", first)
+        return torch.cat([tokens, others], dim=1)
     first = x[:, :1] if first is None else first
     if mode == "sparse-causal":
         previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)
@@ -47,6 +62,17 @@ def gather_frames(tokens: Tensor, frames: int, chunks: int, mode: SpatialMode, f
     else:
         x = rearrange(x, "chunks frames tiles n c -> chunks 1 tiles (frames n) c").expand(-1, frames, -1, -1, -1)
     return rearrange(x, "chunks frames tiles n c -> (chunks frames tiles) n c")
+
+
+def shuffled_groups(frames: int, seed: int) -> Tensor:
+    """Return which frames each frame sees in groups of a random order, [frames, GROUP], or all of fewer frames.
+
+    Where the groups do not come out even, the last one is filled up with frames of the first.
+    """
+    order = torch.randperm(frames, generator=torch.Generator().manual_seed(seed))
+    size = min(GROUP, frames)
+    members = order[(torch.arange(frames) // size * size)[:, None] + torch.arange(size) - frames]
+    return members[order.argsort()]
 
 
 def by_frame(tokens: Tensor, frames: int, chunks: int) -> Tensor:

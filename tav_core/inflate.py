@@ -38,10 +38,25 @@ class Layout:
     """The order of rows on the batch axis: rows = chunks * frames, frames innermost.
 
     A chunk is the host's word for one conditioning that shares the batch with others; each is a whole video.
+    ``shuffle``: seed of the order of "shuffled groups", another one for each step.
     """
 
     frames: int
     chunks: int
+    shuffle: int = 0
+
+
+class AttentionControl(Protocol):
+    """A guest in the spatial attentions that decides what they attend with."""
+
+    def self_attention(
+        self, path: str, q: Tensor, k: Tensor, attend: Callable[[Tensor, Tensor, str], Tensor]
+    ) -> Tensor:
+        """Return the output for queries and keys [rows, n, c].
+
+        ``attend(q, k, name)`` gathers the frames' keys and attends; other keys than the layer's own need a name of
+        their own.
+        """
 
 
 class Backend(Protocol):
@@ -63,13 +78,19 @@ FirstFrame = Callable[[str, str, Tensor], Tensor | None]
 
 
 def _spatial_attention(
-    path: str, attn: Any, mode: SpatialMode, layout: Layout, backend: Backend, first_frame: FirstFrame | None
+    path: str,
+    attn: Any,
+    mode: SpatialMode,
+    layout: Layout,
+    backend: Backend,
+    first_frame: FirstFrame | None,
+    control: AttentionControl | None = None,
 ) -> Forward:
     def gather(name: str, tokens: Tensor) -> Tensor:
         first = None
         if first_frame is not None:
             first = first_frame(path, name, by_frame(tokens, layout.frames, layout.chunks))
-        return gather_frames(tokens, layout.frames, layout.chunks, mode, first)
+        return gather_frames(tokens, layout.frames, layout.chunks, mode, first, layout.shuffle)
 
     def forward(
         x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Any = None, **options: Any
@@ -77,9 +98,13 @@ def _spatial_attention(
         context = x if context is None else context
         value = context if value is None else value
         # Project first, gather after: each frame's keys are computed once, not once per frame that looks.
-        k, v = gather("k", attn.to_k(context)), gather("v", attn.to_v(value))
-        out = backend.attend(attn.to_q(x), k, v, attn.heads, attn_precision=attn.attn_precision, **options)
-        return attn.to_out(out)
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(value)
+
+        def attend(q: Tensor, k: Tensor, name: str) -> Tensor:
+            gathered = gather(name, k), gather("v", v)
+            return backend.attend(q, *gathered, attn.heads, attn_precision=attn.attn_precision, **options)
+
+        return attn.to_out(attend(q, k, "k") if control is None else control.self_attention(path, q, k, attend))
 
     return forward
 
@@ -112,16 +137,18 @@ def inflated_forwards(
     layout: Layout,
     backend: Backend,
     first_frame: FirstFrame | None = None,
+    control: AttentionControl | None = None,
 ) -> list[Swap]:
     """Return which modules of ``unet`` get which forward.
 
     ``layers``: temporal layers by block path. ``first_frame``: for frames that are a window of a longer video.
+    ``control``: edit control of the spatial attentions.
     """
     swaps: list[Swap] = []
     for path, block in transformer_blocks(unet).items():
         # Some upscalers have cross-attention in attn1's place; there are no frames to look at in a text.
-        if inflation.attention != "per frame" and not block.disable_self_attn:
-            forward = _spatial_attention(path, block.attn1, inflation.attention, layout, backend, first_frame)
+        if (inflation.attention != "per frame" or control is not None) and not block.disable_self_attn:
+            forward = _spatial_attention(path, block.attn1, inflation.attention, layout, backend, first_frame, control)
             swaps.append((block.attn1, forward))
         if path in layers and inflation.temporal_strength != 0:
             forward = _with_temporal(block.forward, layers[path], inflation.temporal_strength, layout)

@@ -19,7 +19,7 @@ FLOORS = (
     ("tav_core.unet", "tav_core.invert", "tav_core.sample"),
     ("tav_core.temporal",),
     ("tav_core.inflate",),
-    ("tav_core.motion",),
+    ("tav_core.motion", "tav_core.control"),
     ("tav_core.host", "tav_core.media", "tav_core.tiny_sd"),
     ("tav_core.tuning", "tav_core.evaluation"),
     ("tav_core.pipeline",),

@@ -89,7 +89,9 @@ def test_a_page_lists_its_nodes_inputs_defaults_and_outputs(page: Path, schemas:
     assert described.keys() == {each.id for each in schema.inputs}
     for each in schema.inputs:
         default = getattr(each, "default", None)
-        if isinstance(default, (int, float)):
+        if isinstance(default, bool):
+            assert described[each.id] == str(default).lower(), each.id
+        elif isinstance(default, (int, float)):
             assert float(described[each.id]) == default, each.id
         else:
             assert described[each.id] == (default or ""), each.id

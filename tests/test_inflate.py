@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, temporal
 from tune_a_video.tav_core import unet as unet_parts
-from tune_a_video.tav_core.attention import attend, gather_frames, temporal_attend
+from tune_a_video.tav_core.attention import attend, gather_frames, shuffled_groups, temporal_attend
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.norm import pooled_group_norm
@@ -61,6 +61,7 @@ def sample(model: Any, x: Tensor, positive: Any, negative: Any = None, guidance:
         ("first frame only", [[0], [0], [0], [0]]),
         ("full", [[0, 1, 2, 3]] * 4),
         ("per frame", [[0], [1], [2], [3]]),
+        ("self, first and previous", [[0, 0, 0], [1, 0, 0], [2, 0, 1], [3, 0, 2]]),
     ],
 )
 def test_gathered_keys_are_those_of_the_frames_that_are_looked_at(mode: Any, looks_at: list[list[int]]) -> None:
@@ -72,6 +73,31 @@ def test_gathered_keys_are_those_of_the_frames_that_are_looked_at(mode: Any, loo
     gathered = gathered.view(videos, frames, tiles, -1, c)
     for i, keys in enumerate(looks_at):
         assert torch.equal(gathered[:, i], torch.cat([by_frame[:, k] for k in keys], dim=2))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4, 6, 8, 9])
+def test_frames_of_a_shuffled_group_see_each_other(frames: int) -> None:
+    seen = [shuffled_groups(frames, seed) for seed in range(9)]
+    for groups in seen:
+        members = [set(row.tolist()) for row in groups]
+        assert all(len(row) == groups.shape[1] == min(4, frames) for row in members)
+        assert all(frame in row for frame, row in enumerate(members))
+        # Whole groups are closed: whom a frame sees sees the same.
+        closed = [row for row in members if members.count(row) == len(row)]
+        assert len(closed) >= frames // 4 * 4
+    assert frames <= 4 or any(not torch.equal(groups, seen[0]) for groups in seen)
+    tokens = torch.arange(frames, dtype=torch.float32).view(frames, 1, 1)
+    gathered = gather_frames(tokens, frames, 1, "shuffled groups", shuffle=3)
+    assert torch.equal(gathered[..., 0].long(), seen[3])
+
+
+def test_shuffled_groups_are_those_of_the_step_for_all_conditionings() -> None:
+    model = build_model(UNETS["tiny"])
+    grouped = host.inflate_model(model, Inflation("shuffled groups"))
+    x, a, b = latent(6), conditioning(model, seed=5), conditioning(model, seed=6)
+    alone = [sample(grouped, x, each) for each in (a, b)]
+    guided = sample(grouped, x, a, b, guidance=3.0)
+    torch.testing.assert_close(guided, alone[1] + 3 * (alone[0] - alone[1]), rtol=1e-3, atol=1e-3)
 
 
 def test_rows_that_are_no_whole_videos_are_refused() -> None:
@@ -130,6 +156,7 @@ def test_every_part_of_the_inflation_matters(size: str) -> None:
         "first frame": run(Inflation("first frame only")),
         "full": run(Inflation("full")),
         "per frame": run(Inflation("per frame")),
+        "with itself": run(Inflation("self, first and previous")),
         "norm per frame": run(Inflation(pool_group_norm=False)),
         "temporal off": run(Inflation(temporal_strength=0)),
         "temporal half": run(Inflation(temporal_strength=0.5)),

@@ -26,7 +26,8 @@ BLOCK = "middle_block.1.transformer_blocks.0"
 
 
 def test_modes_are_those_of_the_nodes() -> None:
-    assert SPATIAL_MODES == ("sparse-causal", "first frame only", "full", "per frame")
+    published = ("sparse-causal", "first frame only", "full", "per frame")
+    assert SPATIAL_MODES == (*published, "self, first and previous", "shuffled groups")
 
 
 def test_attention_is_softmax_of_products() -> None:

@@ -25,6 +25,9 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLISHED_IDS = {
     "TAV_CompareVideos",
     "TAV_DDIMInvert",
+    "TAV_EditControl",
+    "TAV_EditGuider",
+    "TAV_EditPrompt",
     "TAV_EvaluateVideo",
     "TAV_InflateUNet",
     "TAV_LoadDemoModel",
@@ -34,6 +37,7 @@ PUBLISHED_IDS = {
     "TAV_Sample",
     "TAV_SaveMotion",
     "TAV_SaveVideo",
+    "TAV_ShowMask",
 }
 
 IMPORT_ALONE = """

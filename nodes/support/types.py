@@ -12,6 +12,10 @@ CLIP_KEY = "tav_clip"
 # What an inverted LATENT was made with; see ``wiring.made_with``.
 MADE_WITH_KEY = "tav_made_with"
 
+# The latents of every step of an inversion (``control.trajectory.Trajectory``), for edit control.
+TRAJECTORY_KEY = "tav_trajectory"
+
+ControlType = io.Custom("TAV_CONTROL")
 MotionType = io.Custom("TAV_MOTION")
 
 _TAKES_ALIASES = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}

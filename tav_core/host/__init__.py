@@ -5,8 +5,12 @@ attachments) runs the same code through ``set_model_unet_function_wrapper``.
 """
 
 from .clip import (
+    encode_edit,
     image_embeddings,
     text_embedding,
+)
+from .controlled import (
+    controlled_guider,
 )
 from .inflated_model import (
     InflationRecord,
@@ -87,6 +91,8 @@ __all__ = [
     "check_single_prompt",
     "computes_bfloat16",
     "context_width",
+    "controlled_guider",
+    "encode_edit",
     "evictable_memory",
     "family",
     "free_memory",

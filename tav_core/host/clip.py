@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..control.words import WORDS_KEY, EditWords, Word, aligned, occurrences, positions
 from ..errors import Refusal
 
 # The image encoder takes this many pictures at a time.
@@ -40,3 +41,67 @@ def text_embedding(clip: Any, text: str) -> Tensor:
             )
         pooled = projection @ pooled
     return pooled
+
+
+def encode_text(clip: Any, text: str) -> list[Any]:
+    """Return a sentence as CONDITIONING, as CLIP Text Encode does."""
+    tokens = clip.tokenize(text)
+    if hasattr(clip, "encode_from_tokens_scheduled"):
+        return list(clip.encode_from_tokens_scheduled(tokens))
+    cond, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return [[cond, {"pooled_output": pooled}]]
+
+
+def encode_edit(
+    clip: Any, source: str, edit: str, goes: str = "", new: str = "", negative: str = ""
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the clip's sentence, the edit's and a negative one as CONDITIONING; the first two know their words.
+
+    ``goes``, ``new``: words of the clip's and of the edit's sentence that change, "" for those that only one of them
+    has. Raises Refusal for named words that are not in their sentence.
+    """
+    words = [_words(clip, text) for text in (source, edit)]
+    gone, added, pairs = aligned(*words)
+    for name, text, sentence, found in (("words_that_go", goes, words[0], gone), ("new_words", new, words[1], added)):
+        if text.strip():
+            named = occurrences(_words(clip, text), sentence)
+            if not named:
+                raise Refusal(
+                    name, f"none of {text.strip()!r} is in the sentence", "Write words as the sentence has them."
+                )
+            found.clear()
+            found.update(named)
+    encoded = [encode_text(clip, text) for text in (source, edit, negative)]
+    lengths = int(encoded[0][0][0].shape[1]), int(encoded[1][0][0].shape[1])
+    stays = [
+        pair
+        for a, b in pairs
+        if a not in gone and b not in added
+        for pair in zip(words[0][a][1], words[1][b][1], strict=True)
+    ]
+    ends = [1 + max((p for word in sentence for p in word[1]), default=0) for sentence in words]
+    stays += [(0, 0), *zip(range(ends[0], lengths[0]), range(ends[1], lengths[1]), strict=False)]
+    known = EditWords(encoded[0], positions(words[0], gone), positions(words[1], added), tuple(stays), lengths)
+    for each in encoded[:2]:
+        for entry in each:
+            entry[1] = {**entry[1], WORDS_KEY: known}
+    return encoded[0], encoded[1], encoded[2]
+
+
+def _words(clip: Any, text: str) -> list[Word]:
+    """Return the words of a sentence as its CLIP sees them."""
+    tokens = clip.tokenize(text, return_word_ids=True)
+    rows = tokens["l"] if "l" in tokens else next(iter(tokens.values()))
+    entries = [(row * len(rows[0]) + at, token) for row, each in enumerate(rows) for at, token in enumerate(each)]
+    found: list[Word] = []
+    ids, at = [], []
+    for position, (token, *_, group) in entries:
+        if group == 0:  # start, end and padding
+            continue
+        piece = clip.tokenizer.untokenize([(token, 1.0)])[0][1] if isinstance(token, int) else "</w>"
+        ids.append(token if isinstance(token, int) else tuple(token.flatten()[:8].tolist()))
+        at.append(position)
+        if piece.endswith("</w>"):
+            found.append((tuple(ids), tuple(at)))
+            ids, at = [], []
+    return [*found, (tuple(ids), tuple(at))] if ids else found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import Refusal
 from ..inflate import Forward, Inflation, Layout, inflated_forwards, swapped
 from ..motion.file import Motion, check_fits
 from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
+from .controlled import control_of
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
 from .stored import UNET_PREFIX, is_coarse
@@ -133,6 +134,12 @@ def _patcher_class() -> Any:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
+def _shuffle(transformer_options: Mapping[str, Any]) -> int:
+    """Return a number of the step at hand, the same for all its conditionings and windows."""
+    sigmas = transformer_options.get("sigmas")
+    return 0 if sigmas is None else int(1e4 * float(sigmas.flatten()[0]))
+
+
 def _layers_of(base_model: Any, default: torch.nn.Module) -> torch.nn.Module:
     """Return the layers that are loaded beside the model which runs: another GPU has its own."""
     patcher = getattr(base_model, "current_patcher", None)
@@ -181,24 +188,28 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
     first_frames = FirstFrameCache()
 
     @contextmanager
-    def inflated(base_model: Any, rows: int, transformer_options: Mapping[str, Any]) -> Iterator[None]:
+    def inflated(base_model: Any, x: Tensor, transformer_options: Mapping[str, Any]) -> Iterator[None]:
         unet = base_model.diffusion_model
-        layout = layout_of(rows, transformer_options)
+        shuffle = _shuffle(transformer_options) if inflation.attention == "shuffled groups" else 0
+        layout, backend = replace(layout_of(x.shape[0], transformer_options), shuffle=shuffle), _HostBackend()
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
         first = first_frames.lookup(layout, transformer_options)
         added = _layers_of(base_model, root)
-        swaps = inflated_forwards(unet, inflation, temporal_layers(added), layout, _HostBackend(), first)
+        control = control_of(layout, x, transformer_options)
+        swaps = inflated_forwards(unet, inflation, temporal_layers(added), layout, backend, first, control)
         for path, delta in query_layers(added).items():
             query = unet.get_submodule(path)
             swaps.append((query, _with_delta(query, delta, query_strength)))
-        with swapped(swaps):
+        if control is not None:
+            swaps += control.swaps(unet, backend.attend)
+        with swapped(swaps), nullcontext() if control is None else control.hooks(unet):
             yield
 
     if hasattr(model, "add_wrapper_with_key"):
         # Around apply_model, not around the UNet's forward: so the swaps also enclose a compiled UNet.
         def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
             given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-            with inflated(executor.class_obj, given["x"].shape[0], given.get("transformer_options", {})):
+            with inflated(executor.class_obj, given["x"], given.get("transformer_options", {})):
                 return executor(*args, **kwargs)
 
         fitted: Any = WeakIdKeyDictionary()
@@ -222,7 +233,7 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
     else:
 
         def unet_function(apply_model: Any, args: Mapping[str, Any]) -> Tensor:
-            with inflated(apply_model.__self__, args["input"].shape[0], args["c"]["transformer_options"]):
+            with inflated(apply_model.__self__, args["input"], args["c"]["transformer_options"]):
                 return apply_model(args["input"], args["timestep"], **args["c"])
 
         model.set_model_unet_function_wrapper(unet_function)

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..control.run import ControlledRun
+from .controlled import controlled_guider
 from .model import Conditioning, ModelPatcher
 
 # (step from 0, denoised x0, noisy x, number of steps), both latents [frames, c, h, w] in the UNet's own scale.
@@ -30,26 +33,24 @@ def run_sampler(
     noise_mask: Tensor | None = None,
     seed: int = 0,
     callback: StepCallback | None = None,
+    control: ControlledRun | None = None,
     **options: Any,
 ) -> Tensor:
     """Run a sampler function with the host's classifier-free guidance.
 
     ``conditioning``: positive and negative. ``latent`` [frames, c, h, w] in LATENT scale. ``noise``: added to it at
-    sigmas[0], none by default. ``seed``: for draws of the host's own. ``options`` go to the sampler function.
-    Returns samples in LATENT scale.
+    sigmas[0], none by default. ``seed``: for draws of the host's own. ``control``: an edit
+    control. ``options`` go to the sampler function. Returns samples in LATENT scale.
     """
+    noise = torch.zeros_like(latent) if noise is None else noise
+    sampler_object = comfy.samplers.KSAMPLER(partial(sampler, **options))
+    shared: dict[str, Any] = {"callback": callback, "disable_pbar": callback is None, "seed": seed}
+    if control is not None:
+        guider = controlled_guider(model, conditioning, guidance, control)
+        samples = guider.sample(noise, latent, sampler_object, sigmas, denoise_mask=noise_mask, **shared)
+        return samples.to(comfy.model_management.intermediate_device())
     return comfy.sample.sample_custom(
-        model,
-        torch.zeros_like(latent) if noise is None else noise,
-        guidance,
-        comfy.samplers.KSAMPLER(partial(sampler, **options)),
-        sigmas,
-        *conditioning,
-        latent,
-        noise_mask=noise_mask,
-        callback=callback,
-        disable_pbar=callback is None,
-        seed=seed,
+        model, noise, guidance, sampler_object, sigmas, *conditioning, latent, noise_mask=noise_mask, **shared
     )
 
 

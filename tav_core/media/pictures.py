@@ -189,6 +189,19 @@ def _fitted(frame: Tensor, side: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
+def shaded(images: Tensor, mask: Tensor) -> Tensor:
+    """Return frames [frames, h, w, 3] dark and grey outside a MASK [1 or frames, h', w'].
+
+    Raises Refusal for a mask of another number of frames.
+    """
+    if len(mask) not in (1, len(images)):
+        raise Refusal(
+            "mask", f"it has {len(mask)} frames, the clip has {len(images)}", "Give one for all, or one each."
+        )
+    inside = torch.nn.functional.interpolate(mask[:, None].float(), images.shape[1:3])[:, 0, :, :, None].to(images)
+    return torch.lerp(images.mean(-1, keepdim=True) / 3, images, inside)
+
+
 def side_by_side(videos: Sequence[tuple[str, Tensor]]) -> Tensor:
     """Put videos of one size next to each other with captions above, [frames, h', w', 3].
 

@@ -1,0 +1,253 @@
+"""What the layers of a UNet take from the clip while an edit is sampled.
+
+Each step evaluates the clip first, on the latent that its inversion had there, and keeps the queries, keys and features
+that controlled layers need of it. Then the edit's own conditionings are evaluated, together or apart, and get them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inflate import Layout, Swap
+from ..unet import transformer_blocks
+from .blend import WordMaps, grid, word_attention
+from .settings import Control, Layers
+from .words import EditWords
+
+# (queries, keys, name of the keys) -> the self-attention's output for them.
+Attend = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def in_layers(layers: Layers, path: str, halvings: int) -> bool:
+    """Say whether a transformer block is among ``layers``. ``halvings``: of the latent's size in it."""
+    return (not layers.startswith("up blocks") or path.startswith("output_blocks")) and (
+        not layers.endswith("half size and below") or halvings >= 1
+    )
+
+
+def feature_layer(unet: Any) -> torch.nn.Module:
+    """Return the layer whose output PnP injects: the last convolution of SD 1.5's output_blocks.4.0.
+
+    In other UNets it is the residual block as far up, a third of the way.
+    """
+    blocks = unet.output_blocks
+    layer: torch.nn.Module = blocks[len(blocks) // 3][0].out_layers[-1]
+    return layer
+
+
+@dataclass
+class Step:
+    """The levers that are on in one step, and what was kept of the clip in it.
+
+    ``latent``: the clip at the step's noise level, in the model's scale. ``mask``: [frames, 1, h, w], where the edit's
+    own attention is free; None for nowhere. ``maps``: where the words' attention is added up; the step that has to
+    choose the layers for it (``chooses_layers``) adds nothing.
+    """
+
+    control: Control
+    words: EditWords | None
+    maps: WordMaps | None
+    latent: Tensor
+    mask: Tensor | None
+    injects_self: bool
+    injects_cross: bool
+    injects_feature: bool
+    chooses_layers: bool = False
+    kept: dict[Any, Tensor] = field(default_factory=dict)
+    kept_frames: tuple[int, ...] | None = None
+
+    @property
+    def needs_clip(self) -> bool:
+        """Say whether the clip has to be evaluated in this step."""
+        return self.injects_self or self.injects_cross or self.injects_feature or self.maps is not None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of the UNet in a controlled step: of the clip (``source``), or of the edit.
+
+    ``frames``: the clip's frames that it looks at, all or a window's.
+    """
+
+    step: Step
+    source: bool
+    frames: tuple[int, ...]
+
+    def bound(self, layout: Layout, x: Tensor, conds: Sequence[int]) -> BoundCall:
+        """Bind the call to a batch. ``conds``: the number of each chunk's conditioning, 0 for the positive one."""
+        return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), [cond == 0 for cond in conds])
+
+
+class BoundCall:
+    """The controlled layers of one evaluation, for a batch of known layout and size."""
+
+    def __init__(self, call: Call, layout: Layout, size: tuple[int, int], positive: list[bool]) -> None:
+        self._source, self._frames, self._step = call.source, call.frames, call.step
+        self._layout, self._size, self._positive = layout, size, positive
+        self._queries: dict[str, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def self_attention(self, path: str, q: Tensor, k: Tensor, attend: Attend) -> Tensor:
+        """Attend with the clip's queries and keys in controlled layers; q and k are [chunks * frames * tiles, n, c].
+
+        out = M attend(q, k, v) + (1 - M) attend(clip's q, clip's k, v), M the mask: two fused calls, no map is written.
+        """
+        if not self._step.injects_self or not self._is_controlled(path, q.shape[1]):
+            return attend(q, k, "k")
+        if self._source:
+            self._keep((path, "q", q.shape[1]), q)
+            self._keep((path, "k", k.shape[1]), k)
+            return attend(q, k, "k")
+        source_q, source_k = self._kept((path, "q", q.shape[1]), q), self._kept((path, "k", k.shape[1]), k)
+        if source_q is None or source_k is None:
+            return attend(q, k, "k")
+        mask = self._mask(q)
+        if mask is None:
+            return attend(source_q, source_k, "k")
+        return torch.lerp(attend(source_q, source_k, "k of the clip"), attend(q, k, "k"), mask)
+
+    def swaps(self, unet: Any, attend: Callable[..., Tensor]) -> list[Swap]:
+        """Return forwards for cross-attentions that attend to the words that stay as the clip does."""
+        if not self._step.injects_cross:
+            return []
+        return [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in transformer_blocks(unet).items()]
+
+    @contextmanager
+    def hooks(self, unet: Any) -> Iterator[None]:
+        """Read the words' attention and exchange features while the context lasts.
+
+        Hooks on the projections see cross-attentions that another pack computes, too.
+        """
+        handles = []
+        try:
+            if self._step.injects_feature:
+                handles.append(feature_layer(unet).register_forward_hook(self._feature))
+            if self._step.maps is not None and self._step.words is not None:
+                for path, block in transformer_blocks(unet).items():
+                    handles.append(block.attn2.to_q.register_forward_hook(self._query_reader(path)))
+                    handles.append(block.attn2.to_k.register_forward_hook(self._key_reader(path, block.attn2.heads)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._choose_map_layers()
+
+    def _cross_attention(self, path: str, attn: Any, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(
+            x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Any = None, **options: Any
+        ) -> Tensor:
+            context = x if context is None else context
+            q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context if value is None else value)
+            options = {"attn_precision": attn.attn_precision, **options}
+
+            def out_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return attend(q, k, v, attn.heads, **options)
+
+            halvings = (grid(q.shape[1], *self._size) or (0, 0, 0))[2]
+            if halvings >= 1 and self._source:
+                self._keep((path, "cross q", q.shape[1]), q)
+                self._keep((path, "cross k", self._size), k)
+            elif halvings >= 1:
+                return attn.to_out(self._shared_words(path, q, k, v, out_of))
+            return attn.to_out(out_of(q, k, v))
+
+        return forward
+
+    def _shared_words(
+        self, path: str, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Attend to words that stay with the clip's queries and keys, and to new words with the edit's.
+
+        Prompt-to-prompt exchanges the columns of the attention map. A column's share of the output is linear in its
+        value, so that two fused calls give the same: values of words that stay, at the clip's places, and the others.
+        """
+        out = attend(q, k, v)
+        rows = len(q) // len(self._positive)
+        for number, positive in enumerate(self._positive):
+            at = slice(number * rows, (number + 1) * rows)
+            source_q = self._kept((path, "cross q", q.shape[1]), q[at], chunks=1)
+            source_k = self._kept((path, "cross k", self._size), k[at], chunks=1, alike=False)
+            if not positive or source_q is None or source_k is None or self._step.words is None:
+                continue
+            stays = self._step.words.kept(source_k.shape[1], k.shape[1])
+            if stays is None:
+                continue
+            stays = stays.to(v)
+            moved = torch.einsum("se,rec->rsc", stays, v[at])
+            own = v[at] * (1 - stays.amax(0))[:, None]
+            out[at] = attend(source_q, source_k, moved) + attend(q[at], k[at], own)
+        return out
+
+    def _feature(self, layer: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        key = ("feature", output.shape[-2:])
+        if self._source:
+            self._keep(key, output)
+            return None
+        return self._kept(key, output)
+
+    def _query_reader(self, path: str) -> Callable[..., None]:
+        def read(layer: Any, inputs: Any, output: Tensor) -> None:
+            maps = self._step.maps
+            assert maps is not None
+            if self._step.chooses_layers:
+                if grid(output.shape[1], *self._size):
+                    self._seen.add(output.shape[1])
+            elif maps.looks_at(output.shape[1], *self._size):
+                self._queries[path] = output
+
+        return read
+
+    def _key_reader(self, path: str, heads: int) -> Callable[..., None]:
+        def read(layer: Any, inputs: Any, output: Tensor) -> None:
+            maps, words, q = self._step.maps, self._step.words, self._queries.pop(path, None)
+            if maps is None or words is None or q is None or len(q) != len(output):
+                return
+            changing = words.changing(self._source, output.shape[1])
+            rows = len(q) // len(self._positive)
+            if changing is None or rows != len(self._frames) or not changing.any():
+                return
+            for number, positive in enumerate(self._positive):
+                if positive:
+                    at = slice(number * rows, (number + 1) * rows)
+                    attention = word_attention(maps.pooled(q[at]), output[at], heads, changing)
+                    maps.add(self._source, self._frames, attention)
+
+        return read
+
+    def _choose_map_layers(self) -> None:
+        """Choose the layers to read from those that the first evaluation has shown."""
+        if self._step.maps is not None and self._seen:
+            self._step.maps.choose(sorted(self._seen))
+
+    def _is_controlled(self, path: str, tokens: int) -> bool:
+        found = grid(tokens, *self._size)
+        return in_layers(self._step.control.layers, path, 0 if found is None else found[2])
+
+    def _keep(self, key: Any, x: Tensor) -> None:
+        """Keep the clip's rows; further prompts of the same clip in the batch are left out."""
+        self._step.kept[key] = x[: len(x) // self._layout.chunks].clone()
+
+    def _kept(self, key: Any, x: Tensor, chunks: int | None = None, alike: bool = True) -> Tensor | None:
+        """Return the clip's rows for each chunk of ``x``; None where nothing of that shape was kept."""
+        found = self._step.kept.get(key)
+        chunks = self._layout.chunks if chunks is None else chunks
+        if found is None or len(found) * chunks != len(x) or (alike and found.shape[1:] != x.shape[1:]):
+            return None
+        found = found.to(x)
+        return found if chunks == 1 else found.repeat(chunks, *(1,) * (found.ndim - 1))
+
+    def _mask(self, q: Tensor) -> Tensor | None:
+        """Return the mask for queries [rows, n, c] as [rows, n, 1]; None for no mask, or cropped or tiled rows."""
+        mask, size = self._step.mask, grid(q.shape[1], *self._size)
+        rows = self._layout.chunks * len(self._frames)
+        if mask is None or size is None or tuple(mask.shape[-2:]) != self._size or len(q) != rows:
+            return None
+        mask = F.interpolate(mask[list(self._frames)].float(), size[:2], mode="area").flatten(1)[:, :, None]
+        return mask.to(q).repeat(self._layout.chunks, 1, 1)

@@ -1,0 +1,151 @@
+"""One controlled sampling: which levers are on at a noise level, and the mask so far."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Refusal
+from .blend import WordMaps, resized_mask
+from .injection import Step
+from .noise import freed_noise
+from .settings import Control
+from .trajectory import Trajectory
+from .words import EditWords
+
+# The words' attention is read during this share of the steps; then the found mask stays as it is.
+_MAP_SHARE = 0.5
+
+
+class ControlledRun:
+    """A control, the clip's trajectory and the words of an edit, for the steps of one sampling.
+
+    ``scale``: the factor from LATENT scale to the model's own. ``mask`` is known after the sampling. Raises Refusal for
+    a mask that does not fit the clip.
+    """
+
+    def __init__(self, control: Control, trajectory: Trajectory, words: EditWords | None, scale: float) -> None:
+        frames, _, height, width = trajectory.clip.shape
+        self.trajectory, self.words, self._scale = trajectory, words, scale
+        self._given = None if control.mask is None else resized_mask(control.mask, frames, height, width)
+        finds = self._given is None and (control.blend_start is not None or control.free_inside)
+        if finds and (words is None or not (words.goes or words.new)):
+            logging.warning(
+                "Tune-A-Video: edit control has no mask and knows of no word that changes, so that it keeps nothing "
+                "apart. Use Edit Prompt, or connect a mask."
+            )
+            control, finds = replace(control, blend_start=None, free_inside=False), False
+        self.control, self._finds = control, finds
+        self._maps: WordMaps | None = None
+        self._now: tuple[float, Step] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the sampling before."""
+        frames, _, height, width = self.trajectory.clip.shape
+        self._maps = WordMaps(frames, height, width) if self._finds else None
+        self.end()
+
+    def end(self) -> None:
+        """Let go of what was kept of the clip in the last step; the mask stays known."""
+        self._now = None
+
+    @property
+    def source(self) -> Any:
+        """Return the CONDITIONING that the clip is evaluated with.
+
+        It is that of Edit Prompt, unless the inversion's own has the same text and may have a ControlNet as well.
+        """
+        inverted_with = self.trajectory.conditioning
+        if self.words is None:
+            return inverted_with
+        alike = inverted_with and torch.equal(inverted_with[0][0], self.words.source[0][0])
+        return inverted_with if alike else self.words.source
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Return where the clip may change, [frames, 1, h, w], as far as it is known."""
+        return self._given if self._maps is None else self._maps.mask(self.control.threshold)
+
+    def start(self, noise: Tensor, latent: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return noise and latent of a sampling with a share of the noise drawn anew.
+
+        ``noise``: of unit variance, or zeros for a ``latent`` that is noise already, in LATENT scale.
+        """
+        share = self.control.fresh_noise
+        if share == 0:
+            return noise, latent
+        if noise.any():
+            return freed_noise(noise, share, seed, self._given), latent
+        # The standard deviation of fully noised latents in this scale: sigma is large against the clip.
+        spread = float(1 + self.trajectory.sigmas[-1] ** 2) ** 0.5 / self._scale
+        return noise, freed_noise(latent / spread, share, seed, self._given) * spread
+
+    def step(self, sigma: float, number: int, steps: int, like: Tensor) -> Step:
+        """Return the levers at a noise level. ``number`` of ``steps``, from 0; ``like``: for device and dtype."""
+        if self._now is not None and self._now[0] == sigma:
+            return self._now[1]
+        progress, control = number / steps, self.control
+        reads = self._maps is not None and progress < max(_MAP_SHARE, control.blend_start or 0.0)
+        step = Step(
+            control=control,
+            words=self.words,
+            maps=self._maps if reads else None,
+            latent=(self.trajectory.at(sigma) * self._scale).to(like),
+            mask=self.mask if control.free_inside else None,
+            injects_self=progress < control.self_share,
+            injects_cross=progress < control.cross_share and self.words is not None,
+            injects_feature=progress < control.feature_share,
+            chooses_layers=self._maps is not None and not self._maps.chosen,
+        )
+        self._now = sigma, step
+        return step
+
+    def outside(self, number: int, steps: int) -> Tensor | None:
+        """Return the mask outside of which a step's latent is the clip's; None for nowhere."""
+        start = self.control.blend_start
+        return None if start is None or number < start * steps else self.mask
+
+    def clip(self, like: Tensor) -> Tensor:
+        """Return the clean clip in the model's scale."""
+        return (self.trajectory.clip * self._scale).to(like)
+
+    def pasted(self, edited: Tensor) -> Tensor:
+        """Return the edit with the clip, bit by bit, outside the mask; both in LATENT scale."""
+        mask = self.mask if self.control.blend_start is not None else None
+        if mask is None:
+            return edited
+        return torch.lerp(self.trajectory.clip.to(edited), edited, mask.to(edited))
+
+
+def check_words(words: EditWords | None, positive: Any) -> EditWords | None:
+    """Return an edit's words. Raises Refusal where the CONDITIONING was changed after Edit Prompt made it."""
+    if words is not None and any(embedding.shape[1] != words.lengths[1] for embedding, _ in positive):
+        found = ", ".join(str(embedding.shape[1]) for embedding, _ in positive)
+        raise Refusal(
+            "positive",
+            f"its words cannot be aligned: Edit Prompt made {words.lengths[1]} tokens, and it has {found}",
+            "Connect Edit Prompt without other prompts, or CLIP Text Encode with a mask.",
+        )
+    return words
+
+
+def check_trajectory(trajectory: Trajectory | None, samples: Tensor) -> Trajectory:
+    """Return an inverted LATENT's trajectory. Raises Refusal where it has none, or another clip's."""
+    if trajectory is None:
+        raise Refusal(
+            "latent",
+            "it has no trajectory, which edit control needs",
+            "Connect DDIM Invert directly, with its trajectory on.",
+        )
+    if trajectory.clip.shape != samples.shape:
+        raise Refusal(
+            "latent",
+            f"its trajectory is of shape {list(trajectory.clip.shape)}, the latent of {list(samples.shape)}",
+            "Cut or resize the clip before DDIM Invert, not after it.",
+        )
+    return trajectory

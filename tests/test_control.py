@@ -1,0 +1,322 @@
+"""Edit control on a real UNet: what it equals where it is off, full or masked, and that every way of running agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_base
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.control.settings import LAYERS, PRESETS, Control, at_strength
+from tune_a_video.tav_core.control.trajectory import Trajectory
+from tune_a_video.tav_core.control.words import WORDS_KEY, EditWords
+from tune_a_video.tav_core.errors import Refusal
+from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.pipeline import controlled, invert_and_keep, sample
+from tune_a_video.tav_core.schedule import to_vp
+from unets import UNETS, build_model
+
+pytestmark = pytest.mark.comfyui
+
+STEPS, FRAMES, HEIGHT, WIDTH = 5, 4, 8, 12
+SIZES = ["tiny", "tiny-v", "tiny-sdxl"]
+CLIP = torch.randn(FRAMES, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) / 0.18215
+# The left half may change.
+MASK = torch.zeros(1, HEIGHT, WIDTH)
+MASK[..., : WIDTH // 2] = 1
+EVERYTHING = Control(
+    self_share=0.8,
+    layers="all",
+    cross_share=0.6,
+    feature_share=0.4,
+    free_inside=True,
+    blend_start=0.2,
+    fresh_noise=0.3,
+    proximal=0.3,
+    threshold=0.95,
+)
+
+
+def text(width: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(1, 7, width, generator=generator)
+    return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+
+
+class Edit:
+    """A tiny model, a clip's trajectory and the sentences of an edit that changes the third word."""
+
+    def __init__(self, size: str = "tiny") -> None:
+        prediction = "v" if size == "tiny-v" else "epsilon"
+        self.model = host.inflate_model(build_model(UNETS[size], prediction=prediction), Inflation())
+        self.source, self.positive, self.negative = (text(host.context_width(self.model), n) for n in range(3))
+        stays = tuple((n, n) for n in range(7) if n != 3)
+        self.positive[0][1][WORDS_KEY] = EditWords(self.source, (3,), (3,), stays, (7, 7))
+        self.noise, self.trajectory = invert_and_keep(self.model, CLIP, self.source, STEPS)
+
+    def run(self, control: Control | None, guidance: float = 3.0, **changes: Any) -> Tensor:
+        positive = changes.pop("positive", self.positive)
+        model, trajectory = changes.pop("model", self.model), changes.pop("trajectory", self.trajectory)
+        with torch.inference_mode():
+            run = control and controlled(model, control, trajectory, self.noise, positive)
+            negative = changes.pop("negative", self.negative)
+            return sample(model, self.noise, positive, negative, STEPS, guidance, control=run, **changes)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def any_edit(request: pytest.FixtureRequest) -> Edit:
+    with torch.inference_mode():
+        return Edit(request.param)
+
+
+@pytest.fixture(scope="module")
+def edit() -> Edit:
+    with torch.inference_mode():
+        return Edit()
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_no_control_and_control_at_strength_0_are_plain_sampling(edit: Edit) -> None:
+    plain = edit.run(None)
+    assert torch.equal(edit.run(Control()), plain)
+    for preset in PRESETS.values():
+        assert torch.equal(edit.run(at_strength(preset, 0.0)), plain)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
+def test_a_mask_of_ones_leaves_the_sampling_bit_by_bit(any_edit: Edit, start: float) -> None:
+    """The machinery runs, and changes nothing."""
+    control = Control(blend_start=start, mask=torch.ones(1, HEIGHT, WIDTH))
+    assert control.acts and torch.equal(any_edit.run(control), any_edit.run(None))
+
+
+@pytest.mark.parametrize("control", [EVERYTHING, Control(blend_start=0.0), Control(self_share=1.0, blend_start=0.9)])
+def test_a_mask_of_zeros_gives_the_clip_bit_by_bit(any_edit: Edit, control: Control) -> None:
+    assert torch.equal(any_edit.run(replace(control, mask=torch.zeros(1, HEIGHT, WIDTH))), CLIP)
+
+
+def test_outside_a_mask_the_clip_stays_bit_by_bit(any_edit: Edit) -> None:
+    edited = any_edit.run(replace(EVERYTHING, mask=MASK))
+    outside = (MASK == 0).expand(FRAMES, 4, -1, -1)
+    assert torch.equal(edited[outside], CLIP[outside])
+    assert off(edited[~outside], CLIP[~outside]) > 0.1
+
+
+def test_full_control_with_the_clips_own_sentence_gives_the_reconstruction(any_edit: Edit) -> None:
+    """On a trajectory that sampling follows exactly, the clip's branch is the edit's."""
+    latents: list[Tensor] = []
+    source = [[any_edit.source[0][0], any_edit.positive[0][1]]]
+
+    def keep(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
+        latents.append(x)
+
+    reconstruction = any_edit.run(None, 1.0, positive=source, callback=keep)
+    sigmas = any_edit.trajectory.sigmas
+    scale = host.model_scale(any_edit.model)
+    path = torch.stack([to_vp(x, sigma) / scale for x, sigma in zip(latents, sigmas[1:].flip(0), strict=True)]).flip(0)
+    trajectory = Trajectory(reconstruction, path, sigmas, source)
+    full = Control(self_share=1.0, layers="all", cross_share=1.0, feature_share=1.0)
+    again = any_edit.run(full, 1.0, positive=source, trajectory=trajectory)
+    assert off(again, reconstruction) < 1e-4
+    edited, kept = (any_edit.run(control, 1.0, trajectory=trajectory) for control in (None, full))
+    assert 1e-2 < off(kept, reconstruction) < off(edited, reconstruction)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_share", "cross_share", "feature_share", "fresh_noise", "proximal", "blend_start"]
+)
+def test_every_lever_alone_changes_the_edit(any_edit: Edit, name: str) -> None:
+    plain = any_edit.run(None)
+    assert off(any_edit.run(Control(**{name: 0.5, "threshold": 0.95})), plain) > 1e-3
+
+
+def test_layers_and_the_mask_of_the_attention_matter(edit: Edit) -> None:
+    found = [edit.run(Control(self_share=0.8, layers=layers)) for layers in LAYERS]
+    found.append(edit.run(Control(self_share=0.8, layers="all", free_inside=True, mask=MASK)))
+    assert all(off(a, b) > 1e-4 for n, a in enumerate(found) for b in found[:n])
+
+
+def test_a_mask_of_ones_and_one_of_zeros_bound_the_free_attention(edit: Edit) -> None:
+    free = Control(self_share=0.8, free_inside=True)
+    plain, injected = edit.run(None), edit.run(Control(self_share=0.8))
+    torch.testing.assert_close(edit.run(replace(free, mask=torch.ones(1, 8, 8))), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(edit.run(replace(free, mask=torch.zeros(1, 8, 8))), injected, rtol=1e-4, atol=1e-4)
+
+
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say that two conditionings at once do not fit into memory."""
+    needed = lambda self, shape, *_, **__: 1e30 if shape[0] > FRAMES else 1.0  # noqa: E731
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", needed)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_together_and_apart_agree(any_edit: Edit, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = replace(EVERYTHING, mask=mask)
+    together = any_edit.run(control)
+    batches: list[int] = []
+    original = type(any_edit.model.model).apply_model
+
+    def counted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batches.append(len(x))
+        return original(self, x, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(any_edit.model.model), "apply_model", counted)
+        apart(patched)
+        separately = any_edit.run(control)
+    assert set(batches) == {FRAMES}
+    assert off(separately, together) < 1e-4
+
+
+def test_combined_prompts_get_the_control_each(edit: Edit) -> None:
+    """Three conditionings in a batch; a second positive one that is the first changes nothing."""
+    control = replace(EVERYTHING, mask=MASK)
+    twice = [*edit.positive, [edit.positive[0][0], dict(edit.positive[0][1])]]
+    assert off(edit.run(control, positive=twice), edit.run(control)) < 1e-4
+
+
+def test_guidance_1_leaves_the_negative_out(edit: Edit) -> None:
+    control = replace(EVERYTHING, mask=MASK)
+    one = edit.run(control, 1.0)
+    assert torch.isfinite(one).all() and torch.equal(one, edit.run(control, 1.0, negative=edit.source))
+
+
+def windowed(model: Any, length: int, overlap: int = 0) -> Any:
+    from comfy import context_windows
+
+    def schedule(count: int, handler: Any, model_options: Any) -> list[list[int]]:
+        return [list(range(start, min(start + length, count))) for start in range(0, count, length - overlap)]
+
+    clone = model.clone()
+    clone.model_options["context_handler"] = context_windows.IndexListContextHandler(
+        context_windows.ContextSchedule("test", schedule),
+        context_windows.get_matching_fuse_method("flat"),
+        context_length=length,
+    )
+    return clone
+
+
+def test_in_context_windows_the_trajectory_follows_its_window() -> None:
+    """Frame by frame, windows are as good as the whole clip."""
+    with torch.inference_mode():
+        edit = Edit()
+        edit.model = host.inflate_model(edit.model, Inflation("per frame", pool_group_norm=False))
+        for control in (replace(EVERYTHING, mask=MASK), replace(EVERYTHING, proximal=0.0)):
+            assert off(edit.run(control, model=windowed(edit.model, 2)), edit.run(control)) < 1e-4
+
+
+def test_a_mask_is_found_and_handed_out(any_edit: Edit) -> None:
+    with torch.inference_mode():
+        run = controlled(any_edit.model, EVERYTHING, any_edit.trajectory, any_edit.noise, any_edit.positive)
+        assert run.mask is None
+        edited = sample(any_edit.model, any_edit.noise, any_edit.positive, any_edit.negative, STEPS, 3.0, control=run)
+        mask = run.mask
+        assert mask is not None and mask.shape == (FRAMES, 1, HEIGHT, WIDTH) and 0 < mask.mean() < 1
+        outside = (mask == 0).expand_as(CLIP)
+        assert torch.equal(edited[outside], CLIP[outside])
+        # A second sampling starts from nothing and finds the same.
+        assert torch.equal(
+            edited,
+            sample(any_edit.model, any_edit.noise, any_edit.positive, any_edit.negative, STEPS, 3.0, control=run),
+        )
+
+
+def test_without_words_and_mask_nothing_is_kept_apart(edit: Edit, caplog: pytest.LogCaptureFixture) -> None:
+    plain_text = [[edit.positive[0][0], {}]]
+    blended = edit.run(Control(self_share=0.5, blend_start=0.2, free_inside=True), positive=plain_text)
+    assert torch.equal(blended, edit.run(Control(self_share=0.5), positive=plain_text))
+    assert "has no mask and knows of no word that changes" in caplog.text
+
+
+def test_what_a_plain_model_samples_can_be_controlled(edit: Edit) -> None:
+    plain = host.without_inflation(edit.model)
+    control = replace(EVERYTHING, mask=MASK)
+    inflated = host.inflate_model(plain, Inflation("per frame", pool_group_norm=False))
+    assert torch.equal(edit.run(control, model=plain), edit.run(control, model=inflated))
+
+
+def test_a_step_keeps_the_clips_queries_and_keys_of_one_window_only(edit: Edit) -> None:
+    with torch.inference_mode():
+        run = controlled(edit.model, EVERYTHING, edit.trajectory, edit.noise, edit.positive)
+        sizes: list[int] = []
+        begin, end = run.begin, run.end
+
+        def ended() -> None:
+            if run._now is not None and run._now[1].kept:
+                sizes.append(sum(kept.nbytes for kept in run._now[1].kept.values()))
+            end()
+
+        run.begin, run.end = begin, ended  # type: ignore[method-assign]
+        sample(edit.model, edit.noise, edit.positive, edit.negative, STEPS, 3.0, control=run)
+        assert run._now is None and sizes == []
+
+
+def test_cancelled_at_any_step_the_model_is_its_own_again(edit: Edit) -> None:
+    unet = host.unet_of(edit.model)
+    before = edit.run(None)
+
+    class CancelledError(Exception):
+        pass
+
+    for cancelled in range(STEPS):
+
+        def callback(step: int, *_: Any, at: int = cancelled) -> None:
+            if step == at:
+                raise CancelledError
+
+        with pytest.raises(CancelledError):
+            edit.run(EVERYTHING, callback=callback)
+        assert not any(module._forward_hooks or "forward" in vars(module) for module in unet.modules())
+    assert torch.equal(edit.run(None), before)
+
+
+def test_a_failure_inside_the_unet_leaves_no_hooks(edit: Edit) -> None:
+    unet = host.unet_of(edit.model)
+    handle = unet.output_blocks[0][0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        edit.run(EVERYTHING)
+    handle.remove()
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(3, 8, 8), "mask: it has 3 frames, the clip has 4"),
+        (torch.full((1, 8, 8), float("nan")), "mask: .*not finite"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(edit: Edit, mask: Tensor, message: str) -> None:
+    with pytest.raises(Refusal, match=f"^{message}"):
+        edit.run(Control(blend_start=0.2, mask=mask))
+
+
+def test_latents_without_their_own_trajectory_are_refused(edit: Edit) -> None:
+    with pytest.raises(Refusal, match="^latent: it has no trajectory, which edit control needs. Connect DDIM Invert"):
+        controlled(edit.model, EVERYTHING, None, edit.noise, edit.positive)
+    with pytest.raises(Refusal, match="^latent: its trajectory is of shape"):
+        controlled(edit.model, EVERYTHING, edit.trajectory, edit.noise[:2], edit.positive)
+
+
+def test_strength_goes_from_plain_to_full() -> None:
+    for name, preset in PRESETS.items():
+        assert at_strength(preset, 0.5) == preset, name
+        full = at_strength(preset, 1.0)
+        assert full.self_share == (1.0 if preset.self_share else 0.0) and full.fresh_noise == 0
+    starts = [at_strength(PRESETS["colour"], strength).blend_start for strength in (0.1, 0.3, 0.5, 0.8, 1.0)]
+    assert starts == sorted(starts, reverse=True, key=lambda start: start or 0.0) and starts[-1] == pytest.approx(0)
+
+
+def test_a_trajectory_at_other_numbers_of_steps(edit: Edit) -> None:
+    """Sampling at other levels than the inversion's: between levels the path is a straight line."""
+    with torch.inference_mode():
+        run = controlled(edit.model, replace(EVERYTHING, mask=MASK), edit.trajectory, edit.noise, edit.positive)
+        edited = sample(edit.model, edit.noise, edit.positive, edit.negative, 8, 3.0, control=run)
+    assert torch.isfinite(edited).all()
+    assert isinstance(edit.trajectory, Trajectory)

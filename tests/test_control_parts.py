@@ -1,0 +1,179 @@
+"""The parts of edit control as plain functions on tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tune_a_video.tav_core import unet as unet_parts
+from tune_a_video.tav_core.control.blend import WordMaps, frame_masks, grid, resized_mask, word_attention
+from tune_a_video.tav_core.control.guidance import proximal
+from tune_a_video.tav_core.control.injection import feature_layer, in_layers
+from tune_a_video.tav_core.control.noise import freed_noise
+from tune_a_video.tav_core.control.settings import LAYERS
+from tune_a_video.tav_core.control.words import EditWords, aligned, occurrences, positions
+from unets import UNETS
+
+# Halvings of the latent in SD 1.5's transformer blocks, by the number of the input or output block.
+SD15_HALVINGS = {
+    "input_blocks": {1: 0, 2: 0, 4: 1, 5: 1, 7: 2, 8: 2},
+    "output_blocks": {3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1, 9: 0, 10: 0, 11: 0},
+}
+
+
+def sd15() -> Any:
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+
+    return openaimodel.UNetModel(**{**UNETS["sd15"], "device": "meta"})
+
+
+def kept_megabytes(unet: Any, layers: Any) -> float:
+    """Queries and keys of one step at 24 frames of 512x512, in fp16."""
+    total = 0
+    for path, block in unet_parts.transformer_blocks(unet).items():
+        part, number, *_ = path.split(".")
+        halvings = SD15_HALVINGS.get(part, {}).get(int(number), 3)
+        if in_layers(layers, path, halvings):
+            total += 2 * 2 * 24 * (64 >> halvings) ** 2 * block.attn1.heads * block.attn1.dim_head
+    return total / 1e6
+
+
+def test_memory_of_one_step_is_as_stated() -> None:
+    unet = sd15()
+    found = [kept_megabytes(unet, layers) for layers in LAYERS]
+    assert found == pytest.approx([661, 283, 480, 1109], abs=1)
+    assert feature_layer(unet) is unet.get_submodule("output_blocks.4.0.out_layers.3")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "expected"),
+    [
+        (4096, (64, 64), (64, 64, 0)),
+        (256, (64, 64), (16, 16, 2)),
+        (24, (8, 12), (4, 6, 1)),
+        (15, (9, 5), (5, 3, 1)),
+        (7, (8, 12), None),
+    ],
+)
+def test_the_grid_of_a_layer(tokens: int, size: tuple[int, int], expected: Any) -> None:
+    assert grid(tokens, *size) == expected
+
+
+def test_a_cell_that_a_mask_touches_belongs_to_it() -> None:
+    mask = torch.zeros(2, 64, 96)
+    mask[1, 9, 17] = 1
+    small = resized_mask(mask, 2, 8, 12)
+    assert small.shape == (2, 1, 8, 12) and small.sum() == 1 and small[1, 0, 1, 2] == 1
+    assert resized_mask(torch.ones(1, 2, 2), 3, 8, 8).shape == (3, 1, 8, 8)
+    assert frame_masks(None, torch.zeros(3, 4, 8, 12)).sum() == 3 * 8 * 12
+
+
+def test_words_attention_is_the_share_of_the_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 6, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    words = torch.tensor([0.0, 1, 0, 1, 0])
+    expected = torch.zeros(2, 6)
+    for part in (slice(0, 4), slice(4, 8)):
+        expected += torch.softmax(q[..., part] @ k[..., part].mT / 2, -1)[..., [1, 3]].sum(-1) / 2
+    torch.testing.assert_close(word_attention(q, k, 2, words), expected)
+
+
+def test_no_map_above_32_by_32_is_written() -> None:
+    maps = WordMaps(1, 96, 128)
+    for tokens in (96 * 128, 48 * 64, 24 * 32):
+        pooled = maps.pooled(torch.arange(float(tokens)).view(1, tokens, 1))
+        assert pooled.shape[1] <= 1024 and grid(pooled.shape[1], 96, 128)
+        assert float(pooled.mean()) == pytest.approx((tokens - 1) / 2)
+
+
+def test_the_layers_nearest_to_16_by_16_are_read() -> None:
+    maps = WordMaps(1, 64, 64)
+    assert not maps.chosen
+    maps.choose([4096, 1024, 256, 64])
+    assert [tokens for tokens in (4096, 1024, 256, 64) if maps.looks_at(tokens, 64, 64)] == [256]
+    assert not maps.looks_at(256, 32, 64)
+
+
+def peak(frames: int, at: int) -> Tensor:
+    maps = torch.full((frames, 256), 0.01)
+    maps[:, at] = 1
+    return maps
+
+
+def test_a_found_mask_is_the_union_of_the_words_places() -> None:
+    maps = WordMaps(3, 64, 64)
+    assert maps.mask(0.3) is None
+    maps.add(True, range(3), peak(3, 3 * 16 + 4))
+    source = maps.mask(0.3)
+    assert source is not None and source.shape == (3, 1, 64, 64)
+    assert source[0, 0, 14, 18] == 1 and source[0, 0, 50, 50] == 0
+    maps.add(False, range(3), peak(3, 12 * 16 + 12))
+    both = maps.mask(0.3)
+    assert both is not None and both[0, 0, 14, 18] == both[0, 0, 50, 50] == 1 and both.mean() < 0.2
+
+
+def test_windows_add_to_their_own_frames() -> None:
+    maps = WordMaps(3, 64, 64)
+    maps.add(True, (0, 1), peak(2, 0))
+    maps.add(True, (2,), peak(1, 255))
+    mask = maps.mask(0.3)
+    assert mask is not None and mask[0, 0, 0, 0] == 1 and mask[2, 0, 0, 0] == 0 and mask[2, 0, -1, -1] == 1
+
+
+def test_proximal_guidance_drops_the_weaker_part() -> None:
+    unconditional = torch.zeros(1, 1, 2, 5)
+    conditional = torch.tensor([1.0, -2, 3, -4, 5, 6, -7, 8, 9, -10]).view(1, 1, 2, 5)
+    kept = proximal(conditional, unconditional, 0.7)
+    assert kept.flatten().tolist() == [0, 0, 0, 0, 0, 0, 0, 8, 9, -10]
+    assert torch.equal(proximal(conditional, unconditional, 1.0), unconditional)
+
+
+def test_freed_noise_keeps_the_variance_and_is_shared_between_frames() -> None:
+    noise = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    freed = freed_noise(noise, 0.5, seed=1)
+    assert float(freed.std()) == pytest.approx(1, abs=0.02)
+    fresh = (freed - 0.5**0.5 * noise) / 0.5**0.5
+    torch.testing.assert_close(fresh[0], fresh[1], rtol=1e-4, atol=1e-4)
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[..., :32] = 1
+    inside = freed_noise(noise, 0.5, seed=1, mask=mask)
+    assert torch.equal(inside[..., 32:], noise[..., 32:]) and torch.equal(inside[..., :32], freed[..., :32])
+
+
+def sentence(text: str) -> list[Any]:
+    return [((word,), (number + 1,)) for number, word in enumerate(text.split())]
+
+
+@pytest.mark.parametrize(
+    ("source", "edit", "goes", "new"),
+    [
+        ("a man is skiing", "a panda is skiing", {1}, {1}),
+        ("a man is skiing", "a man is skiing on the beach", set(), {4, 5, 6}),
+        ("a man and a dog run", "a man runs", {2, 3, 4, 5}, {2}),
+        ("a man", "a man", set(), set()),
+        ("", "a man", set(), {0, 1}),
+    ],
+)
+def test_sentences_are_aligned_word_by_word(source: str, edit: str, goes: set[int], new: set[int]) -> None:
+    found = aligned(sentence(source), sentence(edit))
+    assert found[:2] == (goes, new)
+    words = source.split(), edit.split()
+    assert all(words[0][a] == words[1][b] for a, b in found[2])
+
+
+def test_named_words_and_their_positions() -> None:
+    words = sentence("a red car and a red bus")
+    assert occurrences(sentence("red bus"), words) == {1, 5, 6}
+    assert positions(words, {5, 1}) == (2, 6)
+
+
+def test_positions_follow_embeddings_that_the_host_repeats() -> None:
+    words = EditWords(None, (1,), (2,), ((0, 0), (2, 1)), (3, 4))
+    changing = words.changing(source=True, tokens=6)
+    assert changing is not None and changing.tolist() == [0, 1, 0, 0, 1, 0]
+    assert words.changing(source=False, tokens=6) is None
+    kept = words.kept(3, 4)
+    assert kept is not None and kept.nonzero().tolist() == [[0, 0], [2, 1]]
+    assert words.kept(6, 4) is None
