@@ -98,7 +98,9 @@ def _spatial_attention(
         context = x if context is None else context
         value = context if value is None else value
         # Project first, gather after: each frame's keys are computed once, not once per frame that looks.
-        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(value)
+        # Queries come last: the order decides how gradients are summed up, to the last bit.
+        k, v = attn.to_k(context), attn.to_v(value)
+        q = attn.to_q(x)
 
         def attend(q: Tensor, k: Tensor, name: str) -> Tensor:
             gathered = gather(name, k), gather("v", v)
