@@ -117,7 +117,7 @@ def test_the_guider_of_samplercustomadvanced(server, motion_file, exercised):
 
 
 def test_what_it_chains_with(server, motion_file):
-    """LoRA, ControlNet with a hint for each frame, area and scheduled prompts, FreeU, context windows."""
+    """LoRA, ControlNet with a hint for each frame, area and scheduled prompts, context windows, conditionings apart."""
     edit = Controlled(motion_file)
     graph, control = edit.graph, edit.control("object", mask=edit.left_half())
     lora = graph.add("LoraLoaderModelOnly", model=edit.model, lora_name="style.safetensors", strength_model=1.0)[0]
@@ -133,7 +133,7 @@ def test_what_it_chains_with(server, motion_file):
         end_percent=1.0,
     )
     area = graph.add(
-        "ConditioningSetArea", conditioning=edit.positive, width=WIDTH // 2, height=HEIGHT, x=0, y=0, strength=1.0
+        "ConditioningSetArea", conditioning=edit.positive, width=64, height=HEIGHT, x=0, y=0, strength=1.0
     )[0]
     late = graph.add("ConditioningSetTimestepRange", conditioning=edit.positive, start=0.0, end=0.5)[0]
     both = graph.add("ConditioningCombine", conditioning_1=edit.positive, conditioning_2=late)[0]
@@ -153,7 +153,7 @@ def test_what_it_chains_with(server, motion_file):
         latent_retain_index_list="",
         causal_window_fix=True,
     )[0]
-    freeu = graph.add("FreeU_V2", model=edit.model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)[0]
+    separate = graph.add("ProbeSeparateConds", model=edit.model)[0]
     clip, plain, *others = server.latents(
         graph,
         edit.clip,
@@ -163,8 +163,9 @@ def test_what_it_chains_with(server, motion_file):
         edit.video(control, positive=area),
         edit.video(control, positive=both),
         edit.video(control, model=windows),
-        edit.video(control, model=freeu),
+        edit.video(control, model=separate),
     )
+    assert relative_error(others.pop(), plain) < 1e-4
     right = WIDTH // 16
     for number, latent in enumerate(others):
         assert torch.isfinite(latent).all(), number
