@@ -132,8 +132,8 @@ def training_unet(
     host's and are only read. Raises ValueError for a model that cannot be tuned, and turns allocations that fail
     inside into OutOfMemoryError.
     """
-    host.check_model(model)
     with naming_input("latent", _NO_MEMORY):
+        host.check_model(model)
         if left_out := host.left_out_of_tuning(model, conditioning):
             logging.warning("Tune-A-Video: tuning runs without %s; sampling uses them", " and ".join(left_out))
         dtype = _trainable_dtype(model, precision)
