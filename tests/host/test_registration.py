@@ -24,6 +24,10 @@ NODES = (
     "TAV_EvaluateVideo",
     "TAV_CompareVideos",
     "TAV_LoadDemoModel",
+    "TAV_EditPrompt",
+    "TAV_EditControl",
+    "TAV_EditGuider",
+    "TAV_ShowMask",
 )
 
 
