@@ -46,7 +46,7 @@ _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Plan(NamedTuple):
-    """How long and on what a model is trained.
+    """The length of a training and its data.
 
     ``world``: the module that draws, sprites or world. ``scenes`` are drawn once and seen again and again, each time
     with another noise. ``cycles``: steps of the UNet and the text model. ``minutes``: a cycle ends after this time, if

@@ -39,7 +39,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "bricks": (146, 98, 86),
     "sea": (72, 120, 140),
 }
-# What a background may have beside its texture: the moon, the sky over a horizon, flowers, a window.
+# The colour of a background's extra: a moon, the sky over a horizon, flowers or a window.
 EXTRAS: dict[str, Colour] = {
     "night sky": (188, 186, 160),
     "grass": (216, 206, 150),
@@ -55,7 +55,7 @@ _BOOTS = {"circle": 0.78, "square": 0.82, "triangle": 0.6, "star": 0.82, "heart"
 
 
 class Look(NamedTuple):
-    """What no caption says of a kind: its shade, and if it is patterned its pattern and second colour."""
+    """The looks of a kind that no caption names: its shade, and for a patterned kind its pattern and second colour."""
 
     shade: str
     pattern: str = ""
@@ -107,7 +107,7 @@ class Camera(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. ``texture``: the seed of the background's details."""
+    """The contents of a picture. ``texture``: the seed of the background's details."""
 
     sprites: Sequence[Sprite]
     background: str

@@ -56,7 +56,7 @@ class Seen(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a picture shows; sprites by falling area."""
+    """The contents of a picture as the checker sees them; the largest sprite comes first."""
 
     style: str
     background: str

@@ -53,7 +53,7 @@ class Edit:
 
 
 class FrameRight(NamedTuple):
-    """What a frame gets right: each is a share in 0..1 but for ``count``, and ``off`` in pixels."""
+    """The parts of a frame that are right: shares in 0..1, except ``count`` (yes or no) and ``off`` (pixels)."""
 
     shape: float
     colour: float

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
+from ..tav_core import host
 from ..tav_core.errors import Refusal
 from ..tav_core.media.clip import load_clip
 from ..tav_core.media.probe import EXTENSIONS
@@ -148,7 +148,7 @@ class LoadVideo(io.ComfyNode):
         resize: str,
     ) -> io.NodeOutput:
         path = _input_file(file)
-        progress = ProgressBar(1).update_absolute
+        progress = host.progress_bar(1).update_absolute
         clip = load_clip(path, start, start_unit, frame_count, frame_step, width, height, resize, progress)
         return io.NodeOutput(clip.images, clip.fps, len(clip.images), clip.audio)
 

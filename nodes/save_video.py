@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy.cli_args import args
-from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
+from ..tav_core import host
 from ..tav_core.media.encode import FORMATS, save_clip
 from ..tav_core.media.sound import Audio
 from .support.limits import within_limits
@@ -100,8 +99,8 @@ class SaveVideo(io.ComfyNode):
         with disk_explained(_OPTION):
             folder, name, subfolder = next_name(filename_prefix, root, _PREFIX, width, height)
             path = Path(folder, f"{name}.{format}").absolute()
-            metadata = {} if args.disable_metadata else _workflow(cls.hidden)
-            save_clip(images, fps, path, quality, audio, metadata, ProgressBar(1).update_absolute)
+            metadata = _workflow(cls.hidden) if host.saves_workflows() else {}
+            save_clip(images, fps, path, quality, audio, metadata, host.progress_bar(1).update_absolute)
         saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         if format == "gif":
             with disk_explained("--temp-directory"):

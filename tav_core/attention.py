@@ -97,7 +97,7 @@ def is_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Say whether PyTorch has a kernel for q, k, v [rows, heads, n, d] that keeps no scores."""
     try:
         return bool(torch._fused_sdp_choice(q, k, v) != SDPBackend.MATH.value)
-    except (NotImplementedError, RuntimeError):  # a device without any
+    except (NotImplementedError, RuntimeError):  # PyTorch has no choice function for some devices (DirectML)
         return False
 
 

@@ -23,7 +23,7 @@ from .unet import pooled_norms, transformer_blocks
 
 @dataclass(frozen=True)
 class Inflation:
-    """Which parts are inflated and how. The defaults are the paper's; the rest are ablations.
+    """The parts that are inflated, and how. The defaults are the paper's; the rest are ablations.
 
     ``temporal_strength`` scales the residual of the temporal layers (0 = off, 1 = as tuned).
     """

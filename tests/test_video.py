@@ -789,11 +789,10 @@ def test_real_clips(shared_videos: list[Path]) -> None:
 @pytest.fixture
 def nodes() -> SimpleNamespace:
     import folder_paths
-    from comfy.cli_args import args
     from tune_a_video.nodes.load_video import LoadVideo
     from tune_a_video.nodes.save_video import SaveVideo
 
-    return SimpleNamespace(LoadVideo=LoadVideo, SaveVideo=SaveVideo, folder_paths=folder_paths, args=args)
+    return SimpleNamespace(LoadVideo=LoadVideo, SaveVideo=SaveVideo, folder_paths=folder_paths)
 
 
 @pytest.fixture
@@ -953,7 +952,7 @@ def test_load_then_save(nodes: SimpleNamespace, input_folder: Path, monkeypatch:
             assert json.loads(stored["workflow"]) == METADATA["workflow"]
             assert json.loads(stored["prompt"]) == METADATA["prompt"]
             assert float(components.frame_rate) == pytest.approx(12.5)
-    monkeypatch.setattr(nodes.args, "disable_metadata", True)
+    monkeypatch.setattr("comfy.cli_args.args.disable_metadata", True)
     _, path = node.execute(images, fps, "bare", "mp4", 80).args
     assert b"TAV_SaveVideo" not in Path(path).read_bytes()
 

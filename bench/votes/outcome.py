@@ -1,4 +1,4 @@
-"""What votes say: preference with its confidence interval, agreement of voters, and a picture."""
+"""Evaluate votes: preference with its confidence interval, agreement of voters, and a picture."""
 
 from __future__ import annotations
 

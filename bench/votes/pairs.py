@@ -90,7 +90,7 @@ def make_pairs(
                 number = _number(clip, row.name, name)
                 pairs.append(Pair(number, clip, row.edit, source_video, (ours, name), (ours_video, video)))
     for index, (clip, sentence, source_video, _, video) in enumerate(whole[:catch]):
-        # What another sentence gives, with its frames shaken: wrong in both questions.
+        # A catch trial shows a spoilt video of another sentence: it is worse in both questions.
         others = [each[3] for each in whole if each[1] != sentence] or [whole[index][3]]
         bad = _video(folder, broken(others[index % len(others)], index), f"{BROKEN} {index}")
         number = _number(clip, sentence, BROKEN)
@@ -105,10 +105,10 @@ def _number(*parts: str) -> str:
 def broken(frames: torch.Tensor, seed: int) -> torch.Tensor:
     """Spoil a video [n, h, w, 3] so that nobody prefers it: wrong order, flicker, and every second frame inverted."""
     generator = np.random.default_rng(seed)
-    shaken = frames[torch.from_numpy(generator.permutation(len(frames)))].clone()
-    shaken[::2] = 1 - shaken[::2]
+    spoilt = frames[torch.from_numpy(generator.permutation(len(frames)))].clone()
+    spoilt[::2] = 1 - spoilt[::2]
     light = torch.from_numpy(generator.uniform(0.3, 1, len(frames))).float()
-    return shaken * light.view(-1, 1, 1, 1)
+    return spoilt * light.view(-1, 1, 1, 1)
 
 
 def _video(folder: Path, frames: torch.Tensor, content: str) -> Path:

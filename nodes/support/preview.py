@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 import latent_preview
 from comfy_api.latest import io, ui
@@ -17,6 +16,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ...tav_core import host
 from ...tav_core.media.encode import save_clip
 
 # A picture as the host sends it: format, picture, size that it is scaled to.
@@ -36,7 +36,7 @@ class MovingPreview:
     """
 
     def __init__(self, total: int, frames_per_second: float = FRAMES_PER_SECOND) -> None:
-        self.bar = comfy.utils.ProgressBar(total)
+        self.bar = host.progress_bar(total)
         self._total, self._seconds = total, 1 / frames_per_second
         self._done = self._turn = 0
         self._pictures: Sequence[Picture] = ()

@@ -1,4 +1,4 @@
-"""Where an edit may change the clip: masks that are given, and masks that are found in the words' attention."""
+"""Masks that limit an edit: given by the user, or found in the cross-attention of the changed words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers of a UNet take from the clip while an edit is sampled.
+"""Inject the clip's queries, keys and features into the UNet's layers while an edit is sampled.
 
 Each step evaluates the clip first, on the latent that its inversion had there, and keeps the queries, keys and features
 that controlled layers need of it. Then the edit's own conditionings are evaluated, together or apart, and get them.

@@ -13,7 +13,7 @@ LAYERS: tuple[Layers, ...] = get_args(Layers)
 
 @dataclass(frozen=True)
 class Control:
-    """What an edit keeps of its clip. As it stands, every lever is off, which is plain sampling.
+    """The levers that keep parts of the clip in an edit. By default all are off, which is plain sampling.
 
     Shares are shares of the steps, 0 to 1, from the noisy end.
 

@@ -1,4 +1,4 @@
-"""Which words of two sentences stay, which go and which are new."""
+"""Align two sentences: find the words that stay, go and are new."""
 
 from __future__ import annotations
 

@@ -57,6 +57,10 @@ from .model import (
     sigma_table,
     unet_of,
 )
+from .progress import (
+    progress_bar,
+    saves_workflows,
+)
 from .sampling import (
     StepCallback,
     paste_masked,
@@ -110,11 +114,13 @@ __all__ = [
     "offload_weights",
     "paste_masked",
     "prediction_type",
+    "progress_bar",
     "put_models_aside",
     "query_shapes",
     "release_cached_memory",
     "resident_dtype",
     "run_sampler",
+    "saves_workflows",
     "sigma_table",
     "stored_tensors",
     "text_embedding",

@@ -117,7 +117,7 @@ def _first_picture(path: str) -> tuple[_Picture, Any]:
 
 
 class _Picture:
-    """How a frame is to be shown: its size, shape, position and colours."""
+    """The properties that decide how a frame is shown: size, shape, position and colours."""
 
     def __init__(self, frame: Any, stream: Any) -> None:
         self.frame, context = frame, stream.codec_context

@@ -15,7 +15,7 @@ from .select import MAX_SIDE
 
 PROBE_LIMIT = 120  # seconds; packets are only listed, at the speed of the disk
 MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
-# What files of the containers that are read (``av_reader.CONTAINERS``) are called; web/js/upload.js repeats it.
+# File extensions of the containers that are read (``av_reader.CONTAINERS``); web/js/upload.js repeats them.
 EXTENSIONS = tuple(
     f".{name}"
     for name in "3g2 3gp asf avi divx f4v flv gif m1v m2t m2ts m2v m4v mk3d mkv mov mp4 mpeg mpg mts mxf ogm ogv qt ts"
@@ -54,7 +54,7 @@ class VideoInfo:
 
     @property
     def first_group(self) -> int:
-        """How many frames the first group of pictures has, 0 where that is not known."""
+        """Count the frames of the first group of pictures; 0 if unknown."""
         return [*(key for key, _ in self.keys[1:2]), len(self.times)][0] if self.keys else 0
 
     def span(self, indices: Sequence[int], step: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which frames of a clip are kept, and how large they become."""
+"""Select the frames of a clip that are kept, and their size."""
 
 from __future__ import annotations
 
