@@ -63,3 +63,12 @@ def test_a_video_is_as_long_as_there_are_sigmas() -> None:
 def test_tiles_of_windows_are_refused() -> None:
     with pytest.raises(Refusal, match="Tiled Diffusion"):
         layout_of(20, {"sigmas": torch.ones(5), "cond_or_uncond": [0, 1], "context_window": object()})
+
+
+def test_tiles_under_edit_control_are_refused() -> None:
+    from tune_a_video.tav_core.control.injection import Call
+    from tune_a_video.tav_core.host.controlled import _KEY, control_of
+
+    call: Any = object.__new__(Call)
+    with pytest.raises(Refusal, match="Take the tiles off"):
+        control_of(Layout(3, 4), torch.zeros(12, 4, 8, 8), {_KEY: call, "cond_or_uncond": [0, 1]})

@@ -23,11 +23,19 @@ _CLIP = "tune-a-video clip"
 
 
 def control_of(layout: Layout, x: Tensor, transformer_options: Mapping[str, Any]) -> BoundCall | None:
-    """Return the control of one evaluation of the UNet on a batch x; None outside of controlled runs."""
+    """Return the control of one evaluation of the UNet on a batch x; None outside of controlled runs.
+
+    Raises Refusal for tiles.
+    """
     call = transformer_options.get(_KEY)
     if not isinstance(call, Call):
         return None
-    return call.bound(layout, x, transformer_options.get("cond_or_uncond") or [0])
+    conds = transformer_options.get("cond_or_uncond") or [0]
+    if layout.chunks != len(conds):
+        raise Refusal(
+            "control", "it cannot follow tiles that another pack stacks on the batch", "Take the tiles off the model."
+        )
+    return call.bound(layout, x, conds)
 
 
 def controlled_guider(
