@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pack_nodes
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.nodes.edit_control import EditControl, EditGuider, ShowMask
-from tune_a_video.nodes.edit_prompt import EditPrompt
-from tune_a_video.nodes.invert import DDIMInvert
-from tune_a_video.nodes.sample import TAVSample
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.control.settings import PRESETS, Control
 from tune_a_video.tav_core.control.words import words_in
@@ -45,8 +42,8 @@ def on_the_server() -> Any:
 
 
 def inverted(demo: Any, **options: Any) -> dict[str, Any]:
-    source = out(EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))[0]
-    return dict(out(DDIMInvert.execute(demo[0], {"samples": CLIP}, source, STEPS, **options))[0])
+    source = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))[0]
+    return dict(out(pack_nodes.DDIMInvert.execute(demo[0], {"samples": CLIP}, source, STEPS, **options))[0])
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +53,15 @@ def latent(demo: Any) -> dict[str, Any]:
 
 
 def sampled(demo: Any, latent: dict[str, Any], control: Control | None, edit: str = EDIT) -> tuple[Tensor, Tensor]:
-    _, positive, negative = out(EditPrompt.execute(demo[1], SOURCE, edit, "empty prompt"))
-    edited, mask = out(TAVSample.execute(demo[0], positive, negative, latent, STEPS, 5.0, 0.0, 0, control=control))
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, edit, "empty prompt"))
+    edited, mask = out(
+        pack_nodes.TAVSample.execute(demo[0], positive, negative, latent, STEPS, 5.0, 0.0, 0, control=control)
+    )
     return edited["samples"], mask
 
 
 def test_words_that_stay_go_and_are_new(demo: Any) -> None:
-    source, positive, _ = out(EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    source, positive, _ = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
     words = words_in(positive)
     assert words is not None and words_in(source) is words
     # Token 0 starts the sentence; "sand" is followed by a comma of its own.
@@ -71,51 +70,53 @@ def test_words_that_stay_go_and_are_new(demo: Any) -> None:
 
 
 def test_a_longer_sentence_shifts_the_words_that_stay(demo: Any) -> None:
-    words = words_in(out(EditPrompt.execute(demo[1], "a heart on sand", "a blue heart on sand", "empty prompt"))[1])
+    words = words_in(
+        out(pack_nodes.EditPrompt.execute(demo[1], "a heart on sand", "a blue heart on sand", "empty prompt"))[1]
+    )
     assert words is not None and (words.goes, words.new) == ((), (2,))
     assert {(1, 1), (2, 3), (3, 4), (4, 5)} <= set(words.stays)
 
 
 def test_named_words_take_the_place_of_found_ones(demo: Any) -> None:
     arguments = demo[1], SOURCE, EDIT, "empty prompt"
-    words = words_in(out(EditPrompt.execute(*arguments, words_that_go="sand"))[1])
+    words = words_in(out(pack_nodes.EditPrompt.execute(*arguments, words_that_go="sand"))[1])
     assert words is not None and words.goes == (5, 6) and words.new == (2, 3)
     with pytest.raises(Refusal, match="^words_that_go: none of 'grass' is in the sentence"):
-        EditPrompt.execute(*arguments, words_that_go="grass")
+        pack_nodes.EditPrompt.execute(*arguments, words_that_go="grass")
     with pytest.raises(Refusal, match="^new_words: none of 'heart' is in the sentence"):
-        EditPrompt.execute(*arguments, new_words="heart")
+        pack_nodes.EditPrompt.execute(*arguments, new_words="heart")
 
 
 def test_the_negative_prompt_is_empty_or_the_clips(demo: Any) -> None:
     for choice, text in (("empty prompt", ""), ("the clip's sentence", SOURCE)):
-        negative = out(EditPrompt.execute(demo[1], SOURCE, EDIT, choice))[2]
+        negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, choice))[2]
         assert torch.equal(negative[0][0], tiny_sd.encode(demo[1], text)[0][0])
 
 
 def test_a_preset_is_itself_at_half_strength_and_parts_of_it_can_be_set() -> None:
     for name, preset in PRESETS.items():
-        assert out(EditControl.execute(name, 0.5)) == (preset,)
-        assert not out(EditControl.execute(name, 0.0))[0].acts
+        assert out(pack_nodes.EditControl.execute(name, 0.5)) == (preset,)
+        assert not out(pack_nodes.EditControl.execute(name, 0.0))[0].acts
     (changed,) = out(
-        EditControl.execute(
+        pack_nodes.EditControl.execute(
             "colour", 0.5, self_share=0.25, blend_start=1.0, layers="all", attention_in_mask="the edit's"
         )
     )
     assert (changed.self_share, changed.blend_start, changed.layers, changed.free_inside) == (0.25, None, "all", True)
     assert changed.fresh_noise == PRESETS["colour"].fresh_noise
     with pytest.raises(Refusal, match="^strength: 2 is outside"):
-        EditControl.execute("colour", 2)
+        pack_nodes.EditControl.execute("colour", 2)
 
 
 def test_a_control_without_strength_is_todays_sampling(demo: Any, latent: dict[str, Any]) -> None:
     plain, mask = sampled(demo, latent, None)
-    assert torch.equal(sampled(demo, latent, out(EditControl.execute("object", 0.0))[0])[0], plain)
+    assert torch.equal(sampled(demo, latent, out(pack_nodes.EditControl.execute("object", 0.0))[0])[0], plain)
     assert mask.shape == (3, 8, 8) and mask.min() == 1
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "free"])
 def test_every_preset_samples(demo: Any, latent: dict[str, Any], preset: str) -> None:
-    edited, mask = sampled(demo, latent, out(EditControl.execute(preset, 0.5))[0])
+    edited, mask = sampled(demo, latent, out(pack_nodes.EditControl.execute(preset, 0.5))[0])
     assert torch.isfinite(edited).all() and mask.shape == (3, 8, 8)
     assert not torch.equal(edited, sampled(demo, latent, None)[0])
 
@@ -133,14 +134,16 @@ def test_a_guider_samples_what_the_node_samples(demo: Any, latent: dict[str, Any
     import comfy.samplers
     from tune_a_video.tav_core import schedule
 
-    _, positive, negative = out(EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
-    guider = out(EditGuider.execute(demo[0], positive, negative, latent, PRESETS["object"], 5.0))[0]
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    guider = out(pack_nodes.EditGuider.execute(demo[0], positive, negative, latent, PRESETS["object"], 5.0))[0]
     sigmas = schedule.sampling_sigmas(host.sigma_table(demo[0]), STEPS, "zero")
     start, euler = latent["samples"], comfy.samplers.sampler_object("euler")
     results = [
         guider.sample(torch.zeros_like(start), start, euler, sigmas, disable_pbar=True, seed=0) for _ in range(2)
     ]
-    node = TAVSample.execute(demo[0], positive, negative, latent, STEPS, 5.0, 0.0, 0, "zero", control=PRESETS["object"])
+    node = pack_nodes.TAVSample.execute(
+        demo[0], positive, negative, latent, STEPS, 5.0, 0.0, 0, "zero", control=PRESETS["object"]
+    )
     for result in results:
         # TAV Sample puts the clip back once more at the end, with the mask of the last step.
         assert float((result - out(node)[0]["samples"]).norm() / result.norm()) < 0.05
@@ -153,21 +156,21 @@ def test_without_a_trajectory_control_is_refused(demo: Any) -> None:
 
 
 def test_words_that_another_node_moved_are_refused(demo: Any, latent: dict[str, Any]) -> None:
-    _, positive, negative = out(EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
     longer = [[torch.cat([positive[0][0]] * 2, 1), positive[0][1]]]
     with pytest.raises(
         Refusal, match="^positive: its words cannot be aligned: Edit Prompt made 24 tokens, and it has 48"
     ):
-        TAVSample.execute(demo[0], longer, negative, latent, STEPS, 5.0, 0.0, 0, control=PRESETS["object"])
+        pack_nodes.TAVSample.execute(demo[0], longer, negative, latent, STEPS, 5.0, 0.0, 0, control=PRESETS["object"])
 
 
 def test_a_mask_is_shown_over_frames_of_any_size() -> None:
     images = torch.rand(3, 16, 16, 3)
     mask = torch.zeros(1, 8, 8)
     mask[..., :4] = 1
-    (shown,) = out(ShowMask.execute(images, mask))
+    (shown,) = out(pack_nodes.ShowMask.execute(images, mask))
     assert torch.equal(shown[:, :, :8], images[:, :, :8])
     outside = shown[:, :, 8:]
     assert torch.equal(outside[..., 0], outside[..., 1]) and outside.mean() < 0.5 * images.mean()
     with pytest.raises(Refusal, match="^mask: it has 2 frames, the clip has 3"):
-        ShowMask.execute(images, torch.ones(2, 8, 8))
+        pack_nodes.ShowMask.execute(images, torch.ones(2, 8, 8))

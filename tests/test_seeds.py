@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pack_nodes
 import pytest
 import torch
-from tune_a_video.nodes.tune import OneShotTune
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.host.inputs import left_out_of_tuning
 from tune_a_video.tav_core.motion.file import Motion, save_motion
@@ -38,13 +38,14 @@ def tune(**inputs: Any) -> Motion:
     class Hidden:
         prompt, unique_id = None, "1"
 
-    node = type("OneShotTune", (OneShotTune,), {"hidden": Hidden()})
+    node = type("OneShotTune", (pack_nodes.OneShotTune,), {"hidden": Hidden()})
     given = {"model": build_model(UNETS["tiny"]), "latent": {"samples": LATENTS}, "conditioning": CONDITIONING}
     settings = {"steps": 1, "learning_rate": 1e-4, "seed": 5, "train_scope": "all", "precision": "fp32"}
     out = node.execute(**given, **{**settings, "warmup_steps": 0, "gradient_clip": 1.0, "preview_every": 0, **inputs})
     return (out.args if hasattr(out, "args") else out.result)[1]
 
 
+@pytest.mark.comfyui
 def test_a_seed_that_is_not_known_is_not_invented() -> None:
     first = tune()
     assert first.metadata[SEED_KEY] == "5"
@@ -56,6 +57,7 @@ def test_a_seed_that_is_not_known_is_not_invented() -> None:
         compress(resumed, 4)
 
 
+@pytest.mark.comfyui
 def test_blocks_that_a_motion_lacks_are_drawn_from_its_seed() -> None:
     part = tune(train_scope="middle and up")
     whole = tune(motion=part, seed=6, learning_rate=1e-8)
@@ -65,6 +67,7 @@ def test_blocks_that_a_motion_lacks_are_drawn_from_its_seed() -> None:
     assert whole.metadata[SEED_KEY] == "5"
 
 
+@pytest.mark.comfyui
 def test_saving_at_a_rank_leaves_all_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)

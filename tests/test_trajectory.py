@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pack_nodes
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.nodes.invert import DDIMInvert
-from tune_a_video.nodes.sample import TAVSample
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.inflate import Inflation
@@ -85,14 +84,14 @@ def first(out: Any) -> dict[str, Any]:
 @pytest.mark.comfyui
 def test_the_node_keeps_it_unless_told_otherwise(model: Any) -> None:
     def keys(**options: Any) -> set[str]:
-        return set(first(DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS, **options)))
+        return set(first(pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS, **options)))
 
     with torch.inference_mode():
         assert keys() - keys(trajectory="none") == {"tav_trajectory"}
-        half: Tensor = first(DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS, trajectory="fp16"))[
+        half: Tensor = first(pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS, trajectory="fp16"))[
             "tav_trajectory"
         ].latents
         assert half.dtype == torch.float16
-        inverted = first(DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS))
-        edited = first(TAVSample.execute(model, PROMPT, PROMPT, inverted, STEPS, 2.0, 0.0, 0))
+        inverted = first(pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, PROMPT, STEPS))
+        edited = first(pack_nodes.TAVSample.execute(model, PROMPT, PROMPT, inverted, STEPS, 2.0, 0.0, 0))
         assert set(edited) == {"samples"}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pack_nodes
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.nodes.invert import DDIMInvert
-from tune_a_video.nodes.sample import TAVSample
-from tune_a_video.nodes.support.wiring import check_inverted, made_with
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
@@ -41,11 +39,11 @@ def first(out: Any) -> dict[str, Any]:
 
 
 def invert(model: Any, steps: int = 5, samples: Tensor = CLIP) -> dict[str, Any]:
-    return first(DDIMInvert.execute(model, {"samples": samples}, PROMPT, steps))
+    return first(pack_nodes.DDIMInvert.execute(model, {"samples": samples}, PROMPT, steps))
 
 
 def sample(model: Any, latent: dict[str, Any], steps: int = 5) -> dict[str, Any]:
-    return first(TAVSample.execute(model, PROMPT, PROMPT, latent, steps, 1.0, 0.0, 0))
+    return first(pack_nodes.TAVSample.execute(model, PROMPT, PROMPT, latent, steps, 1.0, 0.0, 0))
 
 
 @pytest.mark.parametrize("samples", [CLIP, 1.5 * CLIP, torch.zeros_like(CLIP)], ids=["clean", "contrasty", "empty"])
@@ -91,9 +89,9 @@ def test_inversion_and_sampling_that_differ_are_named(
 
 def test_another_familys_inversion_is_refused() -> None:
     model = inflated()
-    latent = {"samples": CLIP, "tav_made_with": {**made_with(model, 5), "family": "SDXL"}}
+    latent = {"samples": CLIP, "tav_made_with": {**pack_nodes.made_with(model, 5), "family": "SDXL"}}
     with pytest.raises(ValueError, match="latent: it was inverted with SDXL .* Connect the same model"):
-        check_inverted(model, latent, 5)
+        pack_nodes.check_inverted(model, latent, 5)
 
 
 @pytest.mark.parametrize(("family", "side", "warned"), [("SD1", 16, True), ("SD1", 32, False), ("SDXL", 32, True)])
