@@ -14,8 +14,6 @@ from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.temporal import initial_temporal
 from unets import UNETS, build_model
 
-from nodes import LatentFromBatch, SetLatentNoiseMask
-
 pytestmark = pytest.mark.comfyui
 CLIP = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 0.18215
 PROMPT: list[Any] = [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1)), {}]]
@@ -53,6 +51,8 @@ def test_a_latent_that_was_not_inverted_is_refused(samples: Tensor) -> None:
 
 
 def test_inverted_latents_from_anywhere_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    from nodes import LatentFromBatch, SetLatentNoiseMask
+
     model = inflated()
     inverted = invert(model)
     sample(model, inverted)
