@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,15 @@ t.jobs.share(todo, workers, True, lambda *_: print(*[w.process_id for w in worke
 """
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that a shell starts in the background ignore Ctrl-C, and so would the programs that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_end_from_outside_ends_all_workers_within_seconds(tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C ends them; a kill leaves them an input that has ended."""
@@ -351,6 +361,7 @@ def bench(*arguments: Any) -> list[str]:
     return [sys.executable, "-u", str(ROOT / "bench"), "dataset", *map(str, arguments)]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_study_of_the_demos_model_that_is_interrupted_ends_as_one_that_is_not(tmp_path: Path) -> None:
     """The real thing, with the fewest steps: Ctrl-C after the first edit, then the same command."""
     from dataset import drawn as drawn_clips
