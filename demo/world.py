@@ -332,17 +332,18 @@ def random_backdrop(random: np.random.Generator, name: str) -> Backdrop:
     return Backdrop(float(random.uniform(0.92, 1.05)), tint, float(random.uniform(-0.12, 0.12)), layout)  # type: ignore[arg-type]
 
 
-# Shares of the scenes: sprites of the first kind and of the second.
-_COUNTS = (
+# Shares of the scenes: sprites of the first kind and of the second. Half show several of a kind, from which the model
+# learns that these share their look.
+_COUNTS: tuple[tuple[tuple[int, int], float], ...] = (
     ((0, 0), 0.06),
-    ((1, 0), 0.36),
-    ((2, 0), 0.17),
-    ((3, 0), 0.08),
-    ((4, 0), 0.06),
-    ((1, 1), 0.17),
+    ((1, 0), 0.28),
+    ((2, 0), 0.24),
+    ((3, 0), 0.10),
+    ((4, 0), 0.08),
+    ((1, 1), 0.14),
     ((2, 1), 0.05),
+    ((1, 2), 0.05),
 )
-_COUNTS += (((1, 2), 0.05),)  # type: ignore[assignment]
 
 
 def hardness(first: bool) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,9 +50,9 @@ UNET: dict[str, Any] = {
     "model_channels": 64,
     "num_res_blocks": [1, 1, 1],
     "channel_mult": [1, 2, 2],
-    "transformer_depth": [1, 1, 0],
+    "transformer_depth": [1, 1, 1],
     "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
     "context_dim": TEXT_WIDTH,
     "num_heads": 4,
     "num_head_channels": -1,
@@ -81,6 +81,12 @@ VISION: dict[str, Any] = {
     "projection_dim": TEXT_WIDTH,
 }
 _SPECIAL_TOKENS = {"start": 0, "end": 1, "pad": 1}
+
+
+def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings of the UNet that has these weights: with transformers at its lowest level or without."""
+    depth = int(any(key.startswith("input_blocks.5.1.") for key in unet))
+    return {**UNET, "transformer_depth": [1, 1, depth], "transformer_depth_output": [1, 1, 1, 1, depth, depth]}
 
 
 def coarser_groups(unet: torch.nn.Module) -> None:
@@ -209,9 +215,9 @@ def load(path: Path = WEIGHTS) -> tuple[Any, Any, Any]:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
 
-    config = TinySD(dict(UNET))
-    config.set_inference_dtype(torch.float32, None)
     unet = part("unet.")
+    config = TinySD(unet_config(unet))
+    config.set_inference_dtype(torch.float32, None)
     base = config.get_model(unet, "")
     base.load_model_weights(unet, "")
     coarser_groups(base.diffusion_model)
