@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import sprites
+import world_checker
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -41,7 +42,7 @@ class Verdict(NamedTuple):
 def look(picture: NDArray[np.uint8]) -> Verdict:
     """Judge a picture [SIZE, SIZE, 3] in 0..255."""
     pixels = picture.astype(np.float32)
-    style = "pencil" if _grain_depth(pixels) > 0.4 * sprites.GRAIN_DEPTH else "painting"
+    style = "pencil" if world_checker.grain_depth(pixels) > 0.4 * sprites.GRAIN_DEPTH else "painting"
     smooth = pixels
     if style == "pencil":
         # Over one period of the grain it averages out.
@@ -64,17 +65,6 @@ def _page(colour: sprites.Colour, style: str, strength: float) -> NDArray[np.flo
     """How a colour comes out on the page."""
     value = np.array(colour, np.float32)
     return sprites.PAPER + strength * (value - sprites.PAPER) if style == "pencil" else value
-
-
-def _grain_depth(pixels: NDArray[np.float32]) -> float:
-    """Amplitude of the pencil's diagonal grain, the middle one of all 8x8 patches; its phase may drift."""
-    grey = pixels.mean(-1)
-    grey = grey - ndimage.uniform_filter(grey, 8)
-    y, x = np.mgrid[: grey.shape[0], : grey.shape[1]]
-    wave = grey * np.exp(-2j * np.pi * (x + y) / sprites.GRAIN_PERIOD)
-    height, width = (side // 8 * 8 for side in grey.shape)
-    patches = wave[:height, :width].reshape(height // 8, 8, width // 8, 8).mean((1, 3))
-    return float(2 * np.median(np.abs(patches)))
 
 
 def _sprites(pixels: NDArray[np.float32], style: str) -> list[tuple[NDArray[np.bool_], Seen]]:

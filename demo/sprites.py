@@ -12,22 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from world import (
+    COLOURS,
+    GRAIN_DEPTH,
+    GRAIN_PERIOD,
+    PAPER,
+    PENCIL_BACKGROUND,
+    PENCIL_SPRITE,
+    SIZE,
+    STYLES,
+    Colour,
+    outline,
+)
 
-SIZE = 64
 # Sprites are drawn this much larger and averaged down.
 _OVERSAMPLING = 4
 
 Picture = NDArray[np.float32]
-Colour = tuple[int, int, int]
 
-COLOURS: dict[str, Colour] = {
-    "red": (225, 35, 40),
-    "yellow": (250, 215, 40),
-    "green": (40, 195, 70),
-    "blue": (40, 80, 230),
-    "purple": (150, 45, 200),
-    "pink": (255, 115, 190),
-}
 # Muted on purpose: the colour of a sprite can be told from any of them.
 BACKGROUNDS: dict[str, Colour] = {
     "night sky": (30, 34, 62),
@@ -38,15 +40,9 @@ BACKGROUNDS: dict[str, Colour] = {
     "sea": (72, 120, 140),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-STYLES = ("painting", "pencil")
 _OTHER_WORDS = ("a", "an", "and", "on", "in", "the", "style")
-PAPER = np.array((246, 242, 232), np.float32)
-# How much of a colour a pencil leaves on the paper: background, sprite.
-PENCIL_BACKGROUND, PENCIL_SPRITE = 0.5, 0.72
 # How light a sprite's colour is: its caption does not say, as no sentence says everything of what it is about.
 SHADES = (0.8, 1.08)
-# The paper's grain: diagonal lines, this many pixels apart, always at the same place.
-GRAIN_PERIOD, GRAIN_DEPTH = 4, 26.0
 
 
 class Sprite(NamedTuple):
@@ -90,33 +86,6 @@ def words() -> list[str]:
     """Every word that a caption can have."""
     names = [*COLOURS, *SHAPES, *BACKGROUNDS, *STYLES]
     return sorted({word for name in names for word in name.split()} | {"big", "small", *_OTHER_WORDS})
-
-
-@cache
-def outline(shape: str) -> NDArray[np.float64]:
-    """The shape's corners [n, 2] around (0, 0), y down, all shapes of about the same area at radius 1."""
-    turns = np.linspace(0, 2 * math.pi, 49)[:-1]
-    if shape == "circle":
-        points = 0.9 * np.stack([np.cos(turns), np.sin(turns)], 1)
-    elif shape == "square":
-        points = 0.82 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    elif shape == "triangle":
-        points = 1.2 * np.array([(0, -1), (0.866, 0.5), (-0.866, 0.5)])
-    elif shape == "star":
-        corners = np.arange(10) * math.pi / 5
-        points = np.where(np.arange(10) % 2, 0.52, 1.2)[:, None] * np.stack([np.sin(corners), -np.cos(corners)], 1)
-    elif shape == "heart":
-        x = 16 * np.sin(turns) ** 3
-        y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
-        points = np.stack([x, -y - 2], 1) / 15.5
-    elif shape == "cross":
-        long, wide = 1.12, 0.4
-        quarter = [(wide, -long), (wide, -wide), (long, -wide)]
-        rotations = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
-        points = np.array([(a * x + b * y, c * x + d * y) for a, b, c, d in rotations for x, y in quarter])
-    else:
-        raise ValueError(f"no such shape: {shape}; there are {', '.join(SHAPES)}")
-    return np.asarray(points, np.float64)
 
 
 def coverage(sprite: Sprite, size: int = SIZE, grow: float = 0.0) -> Picture:

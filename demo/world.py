@@ -16,11 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
-from sprites import COLOURS, GRAIN_DEPTH, GRAIN_PERIOD, PAPER, PENCIL_BACKGROUND, PENCIL_SPRITE, SIZE, STYLES, outline
 
 Picture = NDArray[np.float32]
 Colour = tuple[int, int, int]
 
+SIZE = 64
+COLOURS: dict[str, Colour] = {
+    "red": (225, 35, 40),
+    "yellow": (250, 215, 40),
+    "green": (40, 195, 70),
+    "blue": (40, 80, 230),
+    "purple": (150, 45, 200),
+    "pink": (255, 115, 190),
+}
 PLAIN, PATTERNED = ("circle", "square", "triangle"), ("star", "heart", "cross")
 SHAPES = PLAIN + PATTERNED
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
@@ -48,6 +56,13 @@ EXTRAS: dict[str, Colour] = {
     "bricks": (92, 84, 92),
     "sea": (156, 178, 188),
 }
+STYLES = ("painting", "pencil")
+PAPER = np.array((246, 242, 232), np.float32)
+# How much of a colour a pencil leaves on the paper: background, sprite.
+PENCIL_BACKGROUND, PENCIL_SPRITE = 0.5, 0.72
+# The paper's grain: diagonal lines, this many pixels apart, always at the same place.
+GRAIN_PERIOD, GRAIN_DEPTH = 4, 26.0
+# Sprites are drawn this much larger and averaged down.
 _OVERSAMPLING = 4
 # How far above the centre a hat's brim lies and how far below it the boots' soles, in radii.
 _HAT = {"circle": 0.72, "square": 0.78, "triangle": 0.72, "star": 0.72, "heart": 0.6, "cross": 1.0}
@@ -146,6 +161,33 @@ def training_caption(scene: Scene, chance: float) -> str:
     """Return the caption; there is only one."""
     del chance
     return caption(scene)
+
+
+@cache
+def outline(shape: str) -> NDArray[np.float64]:
+    """Return a shape's corners [n, 2] around (0, 0), y down; all shapes have about the same area at radius 1."""
+    turns = np.linspace(0, 2 * math.pi, 49)[:-1]
+    if shape == "circle":
+        points = 0.9 * np.stack([np.cos(turns), np.sin(turns)], 1)
+    elif shape == "square":
+        points = 0.82 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    elif shape == "triangle":
+        points = 1.2 * np.array([(0, -1), (0.866, 0.5), (-0.866, 0.5)])
+    elif shape == "star":
+        corners = np.arange(10) * math.pi / 5
+        points = np.where(np.arange(10) % 2, 0.52, 1.2)[:, None] * np.stack([np.sin(corners), -np.cos(corners)], 1)
+    elif shape == "heart":
+        x = 16 * np.sin(turns) ** 3
+        y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
+        points = np.stack([x, -y - 2], 1) / 15.5
+    elif shape == "cross":
+        long, wide = 1.12, 0.4
+        quarter = [(wide, -long), (wide, -wide), (long, -wide)]
+        rotations = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
+        points = np.array([(a * x + b * y, c * x + d * y) for a, b, c, d in rotations for x, y in quarter])
+    else:
+        raise ValueError(f"no such shape: {shape}; there are {', '.join(SHAPES)}")
+    return np.asarray(points, np.float64)
 
 
 def coverage(points: NDArray[np.float64], size: int = SIZE) -> Picture:

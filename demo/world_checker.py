@@ -14,9 +14,7 @@ from collections import Counter
 from functools import cache
 from typing import NamedTuple
 
-import checker
 import numpy as np
-import sprites
 import world
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -70,15 +68,26 @@ class Verdict(NamedTuple):
 def look(picture: NDArray[np.uint8]) -> Verdict:
     """Judge a picture [SIZE, SIZE, 3] in 0..255."""
     pixels = picture.astype(np.float32)
-    style = "pencil" if checker._grain_depth(pixels) > 0.4 * sprites.GRAIN_DEPTH else "painting"
+    style = "pencil" if grain_depth(pixels) > 0.4 * world.GRAIN_DEPTH else "painting"
     if style == "pencil":
         pixels = _without_grain(pixels)
         # Back to the colours before the pencil, the sprites' at least.
-        pixels = sprites.PAPER + (pixels - sprites.PAPER) / sprites.PENCIL_SPRITE
+        pixels = world.PAPER + (pixels - world.PAPER) / world.PENCIL_SPRITE
     name = _background(pixels, style)
     labels = _labels(pixels, style, name)
     found = [seen for colour in world.COLOURS for seen in _of_colour(labels, pixels, colour)]
     return Verdict(style, name, tuple(sorted(found, key=lambda seen: -seen.area)))
+
+
+def grain_depth(pixels: NDArray[np.float32]) -> float:
+    """Return the amplitude of the pencil's diagonal grain, the median over 8x8 patches; its phase may drift."""
+    grey = pixels.mean(-1)
+    grey = grey - ndimage.uniform_filter(grey, 8)
+    y, x = np.mgrid[: grey.shape[0], : grey.shape[1]]
+    wave = grey * np.exp(-2j * np.pi * (x + y) / world.GRAIN_PERIOD)
+    height, width = (side // 8 * 8 for side in grey.shape)
+    patches = wave[:height, :width].reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+    return float(2 * np.median(np.abs(patches)))
 
 
 def _without_grain(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -90,8 +99,8 @@ def _without_grain(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 def _behind(colour: tuple[float, ...], style: str) -> NDArray[np.float32]:
     """Return how a background's colour comes out in the scale of the sprites' colours."""
     value = np.array(colour, np.float32)
-    strength = sprites.PENCIL_BACKGROUND / sprites.PENCIL_SPRITE if style == "pencil" else 1.0
-    return np.asarray(sprites.PAPER + strength * (value - sprites.PAPER))
+    strength = world.PENCIL_BACKGROUND / world.PENCIL_SPRITE if style == "pencil" else 1.0
+    return np.asarray(world.PAPER + strength * (value - world.PAPER))
 
 
 def _segments(
@@ -126,9 +135,9 @@ def _labels(pixels: NDArray[np.float32], style: str, background: str) -> dict[st
     names, low, high = _segments(style, background, nominal)
     half = pixels[pixels.shape[0] // 2 :]
     plain = _distances(half, low, high).argmin(-1) == names.index("")
-    strength = sprites.PENCIL_BACKGROUND / sprites.PENCIL_SPRITE if style == "pencil" else 1.0
+    strength = world.PENCIL_BACKGROUND / world.PENCIL_SPRITE if style == "pencil" else 1.0
     if plain.sum() > 100:
-        seen = sprites.PAPER + (np.median(half[plain], axis=0) - sprites.PAPER) / strength
+        seen = world.PAPER + (np.median(half[plain], axis=0) - world.PAPER) / strength
         nominal = tuple(float(c) for c in np.clip(seen, 0.85 * np.array(nominal), 1.15 * np.array(nominal)))
     names, low, high = _segments(style, background, nominal)
     nearest = _distances(pixels, low, high).argmin(-1)
