@@ -2,7 +2,8 @@
 
 python bench COMMAND [--help]
 
-  tune-step, invert-step, sample-step   one kind of step at any UNet size, on random weights
+  tune-step, invert-step, sample-step,  one kind of step at any UNet size, on random weights
+  controlled-step
   scale                                 steps over frames and sizes, with curves
   ablation                              the paper's ablations on drawn clips
   peak                                  predicted against measured memory of a tuning step
@@ -10,6 +11,7 @@ python bench COMMAND [--help]
   cards                                 the planner's choices for graphics cards, on paper
   ranks                                 the loss of saving a motion at a rank
   evaluate                              the figures of the Evaluate Video node for two files
+  gpu                                   all that a GPU decides, in ten minutes
   dataset                               a study: all edits of a data set, on one machine or many
   votes                                 a page on which people compare the edits of a study
 """
@@ -33,6 +35,7 @@ COMMANDS = {
     "tune-step": "steps",
     "invert-step": "steps",
     "sample-step": "steps",
+    "controlled-step": "steps",
     "scale": "scale",
     "peak": "peak",
     "windows": "windows",
@@ -40,6 +43,7 @@ COMMANDS = {
     "ablation": "ablation",
     "ranks": "ranks",
     "evaluate": "evaluate",
+    "gpu": "gpu",
     "dataset": "dataset.command",
     "votes": "votes.command",
 }

@@ -1,4 +1,4 @@
-"""Time one kind of step: tuning, inverting, sampling."""
+"""Time one kind of step: tuning, inverting, sampling, sampling under edit control."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tune_a_video.tav_core import host, pipeline
+from tune_a_video.tav_core.control.settings import Control
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.temporal import initial_temporal
@@ -22,7 +23,7 @@ from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 from unets import UNETS, build_model
 
-UNET_NAMES = ("sd15", "sd21", "sdxl", "tiny")
+UNET_NAMES = ("sd15", "sd21", "sdxl", "tiny", "tiny-sdxl")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCOPES = {"all": "all", "middle-up": "middle and up"}
 OnStep = Callable[..., None]
@@ -32,7 +33,8 @@ OnStep = Callable[..., None]
 class Step:
     """One measurement: the kind of step, the model and the clip.
 
-    kind: "tune-step", "invert-step" or "sample-step". height, width: pixels. steps: timed steps, after `warmup` others.
+    kind: "tune-step", "invert-step", "sample-step" or "controlled-step" (sampling with the clip's queries and keys in
+    every step). height, width: pixels. steps: timed steps, after `warmup` others.
     budget: GiB, the node's memory_budget. train_scope, plan and budget concern tuning steps only.
     """
 
@@ -143,8 +145,13 @@ def walk(step: Step, model: Any, steps: int, on_step: OnStep) -> None:
     positive, negative = (conditioning(model, seed) for seed in (1, 2))
     if step.kind == "invert-step":
         pipeline.invert(inflated(model), latent, positive, steps, callback=on_step)
-    else:
+    elif step.kind == "sample-step":
         pipeline.sample(inflated(model), latent, positive, negative, steps, callback=on_step)
+    else:
+        ready = inflated(model)
+        inverted, trajectory = pipeline.invert_and_keep(ready, latent, positive, steps)
+        control = pipeline.controlled(ready, Control(self_share=1.0), trajectory, inverted, positive)
+        pipeline.sample(ready, inverted, positive, negative, steps, callback=on_step, control=control)
 
 
 def inflated(model: Any) -> Any:

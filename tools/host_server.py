@@ -97,13 +97,14 @@ def _free_port() -> int:
 
 
 class HostServer:
-    """A ComfyUI process on the CPU, started by `with` or `start()` and ended with it.
+    """A ComfyUI process, started by `with` or `start()` and ended with it.
 
     comfyui: folder of the ComfyUI.
     base: its base directory; created where it is missing, kept when the server ends.
     packs: folders of node packs to link into custom_nodes, by their names there.
     environment: variables added to the process's own.
     arguments: further arguments for `main.py`.
+    cpu: whether it computes on the CPU, even where there is a GPU.
     start_timeout, run_timeout: seconds until a start or a graph counts as hanging.
     """
 
@@ -116,12 +117,13 @@ class HostServer:
         arguments: Sequence[str] = (),
         start_timeout: float = 300,
         run_timeout: float = 300,
+        cpu: bool = True,
     ) -> None:
         self.comfyui = comfyui.resolve()
         self.base = base.resolve()
         self.packs = packs
         self.environment = environment or {}
-        self.arguments = list(arguments)
+        self.arguments = [*(["--cpu"] if cpu else []), *arguments]
         self.start_timeout = start_timeout
         self.run_timeout = run_timeout
         self.log_path = self.base / "server.log"
@@ -168,7 +170,7 @@ class HostServer:
         self._port = _free_port()
         command = [
             host_python(), "-u", str(self.comfyui / "main.py"),
-            "--cpu", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes",
+            "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes",
             "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
             *self.arguments,
         ]  # fmt: skip
