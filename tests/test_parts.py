@@ -12,7 +12,7 @@ from torch import Tensor
 from tune_a_video.tav_core import attention, inflate, temporal
 from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
-from tune_a_video.tav_core.inflate import Inflation, Layout, inflated_forwards
+from tune_a_video.tav_core.inflate import Evaluation, Inflation, Layout, inflated_forwards
 from tune_a_video.tav_core.norm import pooled_group_norm
 from tune_a_video.tav_core.temporal import TemporalLayer, draw_temporal
 from tune_a_video.tav_core.tuning.trainable import CastingOperations
@@ -228,8 +228,9 @@ def test_each_part_can_be_left_out(unet: Any, mode: Any, pooled: bool, strength:
     blocks[crossed].disable_self_attn = True
     try:
         layers = {with_layer: SimpleNamespace()}
-        inflation, backend = Inflation(mode, pooled, strength), SimpleNamespace()
-        swaps = inflated_forwards(unet, inflation, layers, Layout(2, 1), backend)  # type: ignore[arg-type]
+        inflation, backend, evaluation = Inflation(mode, pooled, strength), SimpleNamespace(), Evaluation(Layout(2, 1))
+        parts = unet_parts.parts_of(unet)
+        swaps = inflated_forwards(parts, inflation, layers, evaluation, backend)  # type: ignore[arg-type]
     finally:
         blocks[crossed].disable_self_attn = False
     names = {module: name for name, module in unet.named_modules()}
@@ -249,8 +250,17 @@ def test_the_temporal_layer_is_added_at_its_strength(strength: float) -> None:
     x, residual = torch.randn(2, 6, 4, 8)
     layer: Any = lambda given, frames: residual if frames == 3 and given is doubled else None  # noqa: E731
     doubled = 2 * x
-    forward = inflate._with_temporal(lambda x, n: doubled, layer, strength, Layout(3, 2))
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return doubled
+
+    block = Block()
+    forward = inflate._with_temporal(block, layer, strength, Evaluation(Layout(3, 2)))
     torch.testing.assert_close(forward(x, n=1), doubled + strength * residual)
+    block.forward = lambda x, n: doubled if n == 2 else None  # type: ignore[method-assign,assignment,return-value]
+    others = inflate._with_temporal(block, layer, strength, Evaluation(Layout(3, 2)))
+    torch.testing.assert_close(others(x, n=2), doubled + strength * residual)
 
 
 def test_spatial_attention_takes_what_the_block_gives() -> None:
@@ -268,13 +278,16 @@ def test_spatial_attention_takes_what_the_block_gives() -> None:
         return tokens[:, 2:3]
 
     x, context, value = torch.randn(3, 4 * 1, 5, CHANNELS)
-    arguments: Any = (BLOCK, attn, "first frame only", Layout(4, 1), SimpleNamespace(attend=spy))
+    evaluation = Evaluation(Layout(4, 1))
+    # One forward serves all evaluations.
+    forward = inflate._spatial_attention(BLOCK, attn, "first frame only", evaluation, SimpleNamespace(attend=spy))  # type: ignore[arg-type]
     both = {"context": context, "value": value}
     for given, k, v in (({}, x, x), ({"context": context}, context, context), (both, context, value)):
         for elsewhere, at in ((None, 0), (first_frame, 2)):
             seen.clear()
-            forward = inflate._spatial_attention(*arguments, elsewhere)
-            out = forward(x, **given, mask="ignored", transformer_options={"a": 1})
+            with evaluation.of(Evaluation(Layout(4, 1), elsewhere)):
+                out = forward(x, **given, mask="ignored", transformer_options={"a": 1})
+            assert evaluation == Evaluation(Layout(4, 1))
             anchor = [parts[name](tokens[at : at + 1]).expand(4, -1, -1) for name, tokens in (("to_k", k), ("to_v", v))]
             torch.testing.assert_close(out, attn.to_out(attend(attn.to_q(x), *anchor, HEADS)))
             assert seen.pop() == (HEADS, {"attn_precision": "exact", "transformer_options": {"a": 1}})
