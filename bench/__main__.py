@@ -4,6 +4,7 @@ python bench COMMAND [--help]
 
   tune-step, invert-step, sample-step,  one kind of step at any UNet size, on random weights
   controlled-step
+  overhead                              what an inflated evaluation costs in Python, without a kernel
   scale                                 steps over frames and sizes, with curves
   ablation                              the paper's ablations on drawn clips
   peak                                  predicted against measured memory of a tuning step
@@ -36,6 +37,7 @@ COMMANDS = {
     "invert-step": "steps",
     "sample-step": "steps",
     "controlled-step": "steps",
+    "overhead": "overhead",
     "scale": "scale",
     "peak": "peak",
     "windows": "windows",

@@ -3,13 +3,15 @@
 Nothing is added to the UNet and nothing stays changed. ``swapped`` replaces the ``forward`` of some of its
 modules on entry and puts them back on exit. So state-dict keys stay what LoRA files expect, and the host's
 model is its own again between calls, whatever happened in them.
+
+The forwards themselves are made once. What differs from call to call they read in an ``Evaluation``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from .attention import SpatialMode, by_frame, gather_frames
 from .norm import pooled_group_norm
 from .temporal import TemporalLayer
-from .unet import pooled_norms, transformer_blocks
+from .unet import Parts
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,36 @@ Swap = tuple[torch.nn.Module, Forward]
 FirstFrame = Callable[[str, str, Tensor], Tensor | None]
 
 
-def _spatial_attention(
-    path: str,
-    attn: Any,
-    mode: SpatialMode,
-    layout: Layout,
-    backend: Backend,
-    first_frame: FirstFrame | None,
-    control: AttentionControl | None = None,
-) -> Forward:
+@dataclass
+class Evaluation:
+    """What the forwards need to know of the evaluation of the UNet that is under way; they read it as they run.
+
+    ``first_frame``: for frames that are a window of a longer video. ``control``: edit control of spatial attentions.
+    """
+
+    layout: Layout
+    first_frame: FirstFrame | None = None
+    control: AttentionControl | None = None
+
+    @contextmanager
+    def of(self, other: Evaluation) -> Iterator[None]:
+        """Be another evaluation while the context lasts."""
+        before = replace(self)
+        self._become(other)
+        try:
+            yield
+        finally:
+            self._become(before)
+
+    def _become(self, other: Evaluation) -> None:
+        self.layout, self.first_frame, self.control = other.layout, other.first_frame, other.control
+
+
+def _spatial_attention(path: str, attn: Any, mode: SpatialMode, evaluation: Evaluation, backend: Backend) -> Forward:
     def gather(name: str, tokens: Tensor) -> Tensor:
-        first = None
-        if first_frame is not None:
-            first = first_frame(path, name, by_frame(tokens, layout.frames, layout.chunks))
+        layout, first = evaluation.layout, None
+        if evaluation.first_frame is not None:
+            first = evaluation.first_frame(path, name, by_frame(tokens, layout.frames, layout.chunks))
         return gather_frames(tokens, layout.frames, layout.chunks, mode, first, layout.shuffle)
 
     def forward(
@@ -106,24 +125,32 @@ def _spatial_attention(
             gathered = gather(name, k), gather("v", v)
             return backend.attend(q, *gathered, attn.heads, attn_precision=attn.attn_precision, **options)
 
+        control = evaluation.control
         return attn.to_out(attend(q, k, "k") if control is None else control.self_attention(path, q, k, attend))
 
     return forward
 
 
-def _with_temporal(original: Forward, layer: TemporalLayer, strength: float, layout: Layout) -> Forward:
+def _with_temporal(block: Any, layer: TemporalLayer, strength: float, evaluation: Evaluation) -> Forward:
+    own = own_forward(block)
+
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        x = original(*args, **kwargs)
-        return torch.add(x, layer(x, layout.frames), alpha=strength)
+        x = type(block).forward(block, *args, **kwargs) if own is None else own(*args, **kwargs)
+        return torch.add(x, layer(x, evaluation.layout.frames), alpha=strength)
 
     return forward
 
 
-def _pooled(norm: torch.nn.GroupNorm, silu: bool, layout: Layout, backend: Backend) -> Forward:
+def own_forward(module: torch.nn.Module) -> Forward | None:
+    """Return the forward that a pack has given to this one module; None where it has its class's."""
+    return module.__dict__.get("forward")
+
+
+def _pooled(norm: torch.nn.GroupNorm, silu: bool, evaluation: Evaluation, backend: Backend) -> Forward:
     def forward(x: Tensor) -> Tensor:
         with backend.affine(norm, x) as (weight, bias):
             assert bias is not None
-            return pooled_group_norm(x, layout.frames, norm.num_groups, weight, bias, norm.eps, silu)
+            return pooled_group_norm(x, evaluation.layout.frames, norm.num_groups, weight, bias, norm.eps, silu)
 
     return forward
 
@@ -133,31 +160,29 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def inflated_forwards(
-    unet: torch.nn.Module,
+    parts: Parts,
     inflation: Inflation,
     layers: Mapping[str, TemporalLayer],
-    layout: Layout,
+    evaluation: Evaluation,
     backend: Backend,
-    first_frame: FirstFrame | None = None,
-    control: AttentionControl | None = None,
+    controlled: bool = False,
 ) -> list[Swap]:
-    """Return which modules of ``unet`` get which forward.
+    """Return which modules of a UNet get which forward.
 
-    ``layers``: temporal layers by block path. ``first_frame``: for frames that are a window of a longer video.
-    ``control``: edit control of the spatial attentions.
+    ``layers``: temporal layers by block path. ``evaluation``: what the forwards will read as they run. ``controlled``:
+    its ``control`` may be set. The forwards hold those that blocks have now (``own_forward``).
     """
     swaps: list[Swap] = []
-    for path, block in transformer_blocks(unet).items():
+    for path, block in parts.blocks.items():
         # Some upscalers have cross-attention in attn1's place; there are no frames to look at in a text.
-        if (inflation.attention != "per frame" or control is not None) and not block.disable_self_attn:
-            forward = _spatial_attention(path, block.attn1, inflation.attention, layout, backend, first_frame, control)
+        if (inflation.attention != "per frame" or controlled) and not block.disable_self_attn:
+            forward = _spatial_attention(path, block.attn1, inflation.attention, evaluation, backend)
             swaps.append((block.attn1, forward))
         if path in layers and inflation.temporal_strength != 0:
-            forward = _with_temporal(block.forward, layers[path], inflation.temporal_strength, layout)
-            swaps.append((block, forward))
+            swaps.append((block, _with_temporal(block, layers[path], inflation.temporal_strength, evaluation)))
     if inflation.pool_group_norm:
-        for norm, activation in pooled_norms(unet).items():
-            swaps.append((norm, _pooled(norm, activation is not None, layout, backend)))
+        for norm, activation in parts.norms.items():
+            swaps.append((norm, _pooled(norm, activation is not None, evaluation, backend)))
             if activation is not None:
                 swaps.append((activation, _identity))
     return swaps

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+class Tree:
+    """The modules under a root as they are now, to be compared with them later: another pack may exchange one.
+
+    It keeps the modules alive, but not the root.
+    """
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self._children = [(m._modules, tuple(m._modules.values())) for m in root.modules() if m._modules]
+
+    def is_unchanged(self) -> bool:
+        """Say whether every module still has the children that it had."""
+        return all(tuple(now.values()) == before for now, before in self._children)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a UNet that the method changes, see ``transformer_blocks`` and ``pooled_norms``."""
+
+    blocks: dict[str, Any]
+    norms: dict[torch.nn.GroupNorm, torch.nn.Module | None]
+
+
+def parts_of(unet: torch.nn.Module) -> Parts:
+    """Find the parts of a UNet. It walks over all modules, which takes milliseconds: not for every evaluation."""
+    return Parts(transformer_blocks(unet), pooled_norms(unet))
 
 
 def transformer_blocks(unet: torch.nn.Module) -> dict[str, Any]:

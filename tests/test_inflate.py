@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +14,7 @@ from torch import Tensor
 from tune_a_video.tav_core import host, temporal
 from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.attention import attend, gather_frames, shuffled_groups, temporal_attend
+from tune_a_video.tav_core.host import inflated_model
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.norm import pooled_group_norm
@@ -328,3 +332,53 @@ def test_conditionings_that_do_not_suit_are_refused() -> None:
         host.check_conditioning(model, "positive", conditioning(model, rows=2), 3)
     with pytest.raises(ValueError, match="^positive: its text embedding is 1024 wide.*takes 32"):
         host.check_conditioning(model, "positive", [[torch.zeros(1, 7, 1024), {}]], 3)
+
+
+def test_forwards_are_made_once_and_again_when_the_unet_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk over all modules takes longer than a small evaluation."""
+    model = build_model(UNETS["tiny"])
+    unet, x, cond = host.unet_of(model), latent(), conditioning(model)
+    motion = random_motion(model)
+    inflated, walks = host.inflate_model(model, Inflation(), motion), []
+    parts_of = inflated_model.parts_of
+    monkeypatch.setattr(inflated_model, "parts_of", lambda unet: walks.append(1) or parts_of(unet))
+    first = sample(inflated, x, cond)
+    assert torch.equal(sample(inflated, x, cond), first) and len(walks) == 1
+    other = sample(inflated, latent(2), cond)
+    assert torch.equal(sample(host.inflate_model(model, Inflation(), motion), latent(2), cond), other)
+
+    # Another pack exchanges a block for one of its own, and puts it back.
+    walks.clear()
+    path, block = next(iter(unet_parts.transformer_blocks(unet).items()))
+    parent = unet.get_submodule(path.rpartition(".")[0])
+    theirs = copy.deepcopy(block)
+    with torch.inference_mode():
+        theirs.attn1.to_v.weight.mul_(2)
+    parent[0] = theirs
+    changed = sample(inflated, x, cond)
+    assert len(walks) == 1 and float((changed - first).abs().max()) > 1e-3
+    assert "forward" not in vars(theirs)
+    parent[0] = block
+    assert torch.equal(sample(inflated, x, cond), first) and len(walks) == 2
+
+    # And gives the block a forward of its own, which stays part of the sum while it is there.
+    block.forward = lambda *args, **kwargs: 0.5 * type(block).forward(block, *args, **kwargs)
+    halved = sample(inflated, x, cond)
+    fresh = sample(host.inflate_model(model, Inflation(), motion), x, cond)
+    assert torch.equal(halved, fresh) and not torch.equal(halved, first)
+    del block.forward
+    assert torch.equal(sample(inflated, x, cond), first)
+
+
+def test_what_was_made_for_a_unet_goes_with_it() -> None:
+    """The next model to be loaded needs its memory, even while the node's result is cached."""
+    model = build_model(UNETS["tiny"])
+    inflated = host.inflate_model(model, Inflation(), random_motion(model))
+    x, cond = latent(), conditioning(model)
+    sample(inflated, x, cond)
+    wrapper = inflated.get_wrappers("apply_model", "tune-a-video") if hasattr(inflated, "get_wrappers") else None
+    comfy.model_management.unload_all_models()
+    weight = weakref.ref(host.unet_of(model).input_blocks[1][0].in_layers[0])
+    del model, inflated
+    gc.collect()
+    assert weight() is None and (wrapper is None or wrapper)

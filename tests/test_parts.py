@@ -12,7 +12,7 @@ from torch import Tensor
 from tune_a_video.tav_core import attention, inflate, temporal
 from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.attention import SPATIAL_MODES, attend, temporal_attend
-from tune_a_video.tav_core.inflate import Inflation, Layout, inflated_forwards
+from tune_a_video.tav_core.inflate import Evaluation, Inflation, Layout, inflated_forwards
 from tune_a_video.tav_core.norm import pooled_group_norm
 from tune_a_video.tav_core.temporal import TemporalLayer, draw_temporal
 from tune_a_video.tav_core.tuning.trainable import CastingOperations
@@ -228,8 +228,9 @@ def test_each_part_can_be_left_out(unet: Any, mode: Any, pooled: bool, strength:
     blocks[crossed].disable_self_attn = True
     try:
         layers = {with_layer: SimpleNamespace()}
-        inflation, backend = Inflation(mode, pooled, strength), SimpleNamespace()
-        swaps = inflated_forwards(unet, inflation, layers, Layout(2, 1), backend)  # type: ignore[arg-type]
+        inflation, backend, evaluation = Inflation(mode, pooled, strength), SimpleNamespace(), Evaluation(Layout(2, 1))
+        parts = unet_parts.parts_of(unet)
+        swaps = inflated_forwards(parts, inflation, layers, evaluation, backend)  # type: ignore[arg-type]
     finally:
         blocks[crossed].disable_self_attn = False
     names = {module: name for name, module in unet.named_modules()}
@@ -249,8 +250,17 @@ def test_the_temporal_layer_is_added_at_its_strength(strength: float) -> None:
     x, residual = torch.randn(2, 6, 4, 8)
     layer: Any = lambda given, frames: residual if frames == 3 and given is doubled else None  # noqa: E731
     doubled = 2 * x
-    forward = inflate._with_temporal(lambda x, n: doubled, layer, strength, Layout(3, 2))
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return doubled
+
+    block = Block()
+    forward = inflate._with_temporal(block, layer, strength, Evaluation(Layout(3, 2)))
     torch.testing.assert_close(forward(x, n=1), doubled + strength * residual)
+    block.forward = lambda x, n: doubled if n == 2 else None  # type: ignore[method-assign,assignment,return-value]
+    others = inflate._with_temporal(block, layer, strength, Evaluation(Layout(3, 2)))
+    torch.testing.assert_close(others(x, n=2), doubled + strength * residual)
 
 
 def test_spatial_attention_takes_what_the_block_gives() -> None:
@@ -268,13 +278,16 @@ def test_spatial_attention_takes_what_the_block_gives() -> None:
         return tokens[:, 2:3]
 
     x, context, value = torch.randn(3, 4 * 1, 5, CHANNELS)
-    arguments: Any = (BLOCK, attn, "first frame only", Layout(4, 1), SimpleNamespace(attend=spy))
+    evaluation = Evaluation(Layout(4, 1))
+    # One forward serves all evaluations.
+    forward = inflate._spatial_attention(BLOCK, attn, "first frame only", evaluation, SimpleNamespace(attend=spy))  # type: ignore[arg-type]
     both = {"context": context, "value": value}
     for given, k, v in (({}, x, x), ({"context": context}, context, context), (both, context, value)):
         for elsewhere, at in ((None, 0), (first_frame, 2)):
             seen.clear()
-            forward = inflate._spatial_attention(*arguments, elsewhere)
-            out = forward(x, **given, mask="ignored", transformer_options={"a": 1})
+            with evaluation.of(Evaluation(Layout(4, 1), elsewhere)):
+                out = forward(x, **given, mask="ignored", transformer_options={"a": 1})
+            assert evaluation == Evaluation(Layout(4, 1))
             anchor = [parts[name](tokens[at : at + 1]).expand(4, -1, -1) for name, tokens in (("to_k", k), ("to_v", v))]
             torch.testing.assert_close(out, attn.to_out(attend(attn.to_q(x), *anchor, HEADS)))
             assert seen.pop() == (HEADS, {"attn_precision": "exact", "transformer_options": {"a": 1}})
@@ -306,3 +319,109 @@ def test_epsilon_keeps_an_even_picture_finite() -> None:
     one[0, 0, 0, 0] = 0.01
     expected = F.group_norm(one.unflatten(0, (2, 2)).transpose(1, 2), 2, eps=1e-5).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(pooled_group_norm(one, 2, 2, torch.ones(4), torch.zeros(4), 1e-5), expected)
+
+
+def as_five_d(x: Tensor, frames: int, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """The released code's norm of a 5-D tensor."""
+    video = x.unflatten(0, (-1, frames)).transpose(1, 2)
+    return F.group_norm(video, groups, weight, bias, 1e-5).transpose(1, 2).flatten(0, 1)
+
+
+def norm_and_gradient(norm: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = norm(x)
+    return y.detach().double(), torch.autograd.grad(y, x, g)[0].double()
+
+
+def off(ours: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.vector_norm(ours - exact) / torch.linalg.vector_norm(exact))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_is_as_exact_as_the_native_norm_at_any_mean(dtype: torch.dtype, ratio: float) -> None:
+    """``ratio``: of mean and standard deviation. Mean and scale folded into one rounded shift lose up to a sixth."""
+    generator, frames, groups = torch.Generator().manual_seed(0), 4, 8
+    x = (torch.randn(2 * frames, 32, 8, 8, generator=generator) + ratio).to(dtype)
+    weight, bias, g = (torch.randn(s, generator=generator).to(dtype) for s in ((32,), (32,), x.shape))
+    wide = [t.double() for t in (weight, bias)]
+    exact = norm_and_gradient(lambda x: as_five_d(x, frames, groups, *wide), x.double(), g.double())
+    native = norm_and_gradient(lambda x: as_five_d(x, frames, groups, weight, bias), x, g)
+    ours = norm_and_gradient(lambda x: pooled_group_norm(x, frames, groups, weight, bias, 1e-5), x, g)
+    for our, their, value in zip(ours, native, exact, strict=True):
+        assert off(our, value) < max(1.6 * off(their, value), 6e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "neither"])
+def test_norms_take_any_layout(layout: str) -> None:
+    x, g = torch.randn(4, 6, 5, 3), torch.randn(4, 6, 1, 1).expand(-1, -1, 5, 3)
+    weight, bias = torch.randn(2, 6)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "neither":
+        x = torch.randn(4, 6, 3, 5).mT
+    ours = norm_and_gradient(lambda x: pooled_group_norm(x, 2, 3, weight, bias, 1e-5), x, g)
+    theirs = norm_and_gradient(lambda x: as_five_d(x, 2, 3, weight, bias), x, g)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on another kind of device."""
+
+    device = property(lambda self: torch.device("mps"))  # type: ignore[assignment]
+
+
+class OnCuda(Elsewhere):
+    """And one that says it lies on a card of NVIDIA's; kernels that PyTorch has for those alone are stood in for."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = {
+            torch.batch_norm_stats: batch_norm_stats,
+            torch.batch_norm_backward_reduce: batch_norm_backward_reduce,
+            torch.batch_norm_backward_elemt: batch_norm_backward_elemt,
+        }.get(function, function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.float(), dim=(0, 2), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def batch_norm_backward_reduce(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: None, *wanted: bool
+) -> tuple[Tensor, Tensor, None, None]:
+    assert wanted == (True, False, False)
+    grad, x = grad.float(), x.float() - mean.view(-1, 1, 1)
+    return grad.sum((0, 2, 3)), (grad * x).sum((0, 2, 3)), None, None
+
+
+def batch_norm_backward_elemt(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, sums: Tensor, sums_x: Tensor, count: Tensor
+) -> Tensor:
+    """As PyTorch's kernel and SyncBatchNorm, which calls it, have it."""
+    mean, rstd, weight, sums, sums_x = (t.view(-1, 1, 1) for t in (mean, rstd, weight, sums, sums_x))
+    share = 1 / count.sum()
+    deviation = (x.float() - mean) * rstd * rstd * sums_x * share
+    return ((grad.float() - sums * share - deviation) * rstd * weight).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, OnCuda])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_on_other_devices_are_the_same(kind: Any, dtype: torch.dtype) -> None:
+    x, g = torch.randn(2, 4, 6, 5, 3).flatten(0, 1).add(2).to(dtype), torch.randn(8, 6, 5, 3).to(dtype)
+    weight, bias = torch.randn(2, 6)
+    weight[2] = 0.0
+    silu = [pooled_group_norm(x, 4, 3, weight, bias, 1e-5, silu=silu) for silu in (False, True)]
+    assert torch.equal(F.silu(silu[0]), silu[1])
+    ours = norm_and_gradient(lambda x: pooled_group_norm(x, 4, 3, weight, bias, 1e-5, True), x, g)
+    theirs = norm_and_gradient(
+        lambda x: pooled_group_norm(x.as_subclass(kind), 4, 3, weight, bias, 1e-5, True).as_subclass(Tensor), x, g
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        assert off(their, our) < (1e-6 if dtype == torch.float32 else 4e-3)

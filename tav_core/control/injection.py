@@ -6,7 +6,7 @@ that controlled layers need of it. Then the edit's own conditionings are evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inflate import Layout, Swap
-from ..unet import transformer_blocks
 from .blend import WordMaps, grid, word_attention
 from .settings import Control, Layers
 from .words import EditWords
@@ -113,14 +112,17 @@ class BoundCall:
             return attend(source_q, source_k, "k")
         return torch.lerp(attend(source_q, source_k, "k of the clip"), attend(q, k, "k"), mask)
 
-    def swaps(self, unet: Any, attend: Callable[..., Tensor]) -> list[Swap]:
-        """Return forwards for cross-attentions that attend to the words that stay as the clip does."""
+    def swaps(self, blocks: Mapping[str, Any], attend: Callable[..., Tensor]) -> list[Swap]:
+        """Return forwards for cross-attentions that attend to the words that stay as the clip does.
+
+        ``blocks``: the UNet's transformer blocks by path.
+        """
         if not self._step.injects_cross:
             return []
-        return [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in transformer_blocks(unet).items()]
+        return [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
 
     @contextmanager
-    def hooks(self, unet: Any) -> Iterator[None]:
+    def hooks(self, unet: Any, blocks: Mapping[str, Any]) -> Iterator[None]:
         """Read the words' attention and exchange features while the context lasts.
 
         Hooks on the projections see cross-attentions that another pack computes, too.
@@ -130,7 +132,7 @@ class BoundCall:
             if self._step.injects_feature:
                 handles.append(feature_layer(unet).register_forward_hook(self._feature))
             if self._step.maps is not None and self._step.words is not None:
-                for path, block in transformer_blocks(unet).items():
+                for path, block in blocks.items():
                     handles.append(block.attn2.to_q.register_forward_hook(self._query_reader(path)))
                     handles.append(block.attn2.to_k.register_forward_hook(self._key_reader(path, block.attn2.heads)))
             yield

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Refusal
-from ..inflate import Forward, Inflation, Layout, inflated_forwards, swapped
+from ..inflate import Evaluation, Forward, Inflation, Layout, Swap, inflated_forwards, own_forward, swapped
 from ..motion.file import Motion, check_fits
 from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
+from ..unet import Parts, Tree, parts_of
 from .controlled import control_of
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
@@ -57,6 +58,7 @@ class _HostBackend:
         return lent(norm, x)
 
 
+@lru_cache(maxsize=1)
 def _passes_options(attention: Callable[..., Tensor]) -> bool:
     parameters = inspect.signature(attention).parameters.values()
     return any(p.kind is p.VAR_KEYWORD or p.name == "transformer_options" for p in parameters)
@@ -149,8 +151,8 @@ def _layers_of(base_model: Any, default: torch.nn.Module) -> torch.nn.Module:
 
 def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
     """Return a forward for a query projection whose stored weight is too coarse for a patch."""
-    if "forward" in vars(query):  # another pack's: what it computes is kept
-        original = query.forward
+    original = own_forward(query)
+    if original is not None:  # another pack's: what it computes is kept
         return lambda x: torch.add(original(x), delta(x), alpha=strength)
 
     def forward(x: Tensor) -> Tensor:
@@ -183,26 +185,70 @@ def layout_of(rows: int, transformer_options: Mapping[str, Any]) -> Layout:
     return Layout(frames=rows // (conds * tiles), chunks=conds * tiles)
 
 
+@dataclass(frozen=True)
+class _Forwards:
+    """The forwards of an inflated UNet, and all that they were made of: they serve until that changes.
+
+    ``added``: the layers of ``_added_layers``. ``replaced``: modules, and the forwards of other packs that ours call.
+    ``swaps``: with edit control, and without.
+    """
+
+    tree: Tree
+    parts: Parts
+    added: torch.nn.Module
+    replaced: list[tuple[torch.nn.Module, Forward | None]]
+    evaluation: Evaluation
+    swaps: dict[bool, list[Swap]]
+
+    def serve(self, added: torch.nn.Module) -> bool:
+        """Say whether they can be used for a call with these layers beside the UNet."""
+        same = all(own_forward(module) is forward for module, forward in self.replaced)
+        return added is self.added and same and self.tree.is_unchanged()
+
+
+def _make_forwards(
+    unet: torch.nn.Module, inflation: Inflation, added: torch.nn.Module, query_strength: float
+) -> _Forwards:
+    """Make the forwards of an inflated UNet; they hold parts of it, but not the UNet itself."""
+    parts, evaluation, backend = parts_of(unet), Evaluation(Layout(1, 1)), _HostBackend()
+    layers = temporal_layers(added)
+    queries = {path: unet.get_submodule(path) for path in query_layers(added)}
+    deltas = [(queries[path], _with_delta(queries[path], d, query_strength)) for path, d in query_layers(added).items()]
+    swaps = {
+        controlled: [*inflated_forwards(parts, inflation, layers, evaluation, backend, controlled), *deltas]
+        for controlled in (False, True)
+    }
+    replaced = [(module, own_forward(module)) for module in (*parts.blocks.values(), *queries.values())]
+    return _Forwards(Tree(unet), parts, added, replaced, evaluation, swaps)
+
+
 def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
     """Have every evaluation of the model run inflated, with the layers in ``root`` or their copies on another GPU."""
-    first_frames = FirstFrameCache()
+    first_frames, backend = FirstFrameCache(), _HostBackend()
+    # By UNet, since every GPU has one of its own. Making them takes longer than a small evaluation.
+    made: Any = WeakIdKeyDictionary()
+
+    def forwards_for(unet: torch.nn.Module, added: torch.nn.Module) -> _Forwards:
+        found: _Forwards | None = made.get(unet)
+        if found is None or not found.serve(added):
+            found = made[unet] = _make_forwards(unet, inflation, added, query_strength)
+        return found
 
     @contextmanager
     def inflated(base_model: Any, x: Tensor, transformer_options: Mapping[str, Any]) -> Iterator[None]:
         unet = base_model.diffusion_model
         shuffle = _shuffle(transformer_options) if inflation.attention == "shuffled groups" else 0
-        layout, backend = replace(layout_of(x.shape[0], transformer_options), shuffle=shuffle), _HostBackend()
+        layout = replace(layout_of(x.shape[0], transformer_options), shuffle=shuffle)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper around the module
-        first = first_frames.lookup(layout, transformer_options)
-        added = _layers_of(base_model, root)
         control = control_of(layout, x, transformer_options)
-        swaps = inflated_forwards(unet, inflation, temporal_layers(added), layout, backend, first, control)
-        for path, delta in query_layers(added).items():
-            query = unet.get_submodule(path)
-            swaps.append((query, _with_delta(query, delta, query_strength)))
+        evaluation = Evaluation(layout, first_frames.lookup(layout, transformer_options), control)
+        forwards = forwards_for(unet, _layers_of(base_model, root))
+        swaps = forwards.swaps[control is not None]
+        hooks: AbstractContextManager[None] = nullcontext()
         if control is not None:
-            swaps += control.swaps(unet, backend.attend)
-        with swapped(swaps), nullcontext() if control is None else control.hooks(unet):
+            swaps = [*swaps, *control.swaps(forwards.parts.blocks, backend.attend)]
+            hooks = control.hooks(unet, forwards.parts.blocks)
+        with forwards.evaluation.of(evaluation), swapped(swaps), hooks:
             yield
 
     if hasattr(model, "add_wrapper_with_key"):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import host
 from ..errors import Refusal
-from ..inflate import Inflation, Layout, Swap, inflated_forwards
+from ..inflate import Evaluation, Inflation, Layout, Swap, inflated_forwards
 from ..out_of_memory import naming_input
 from ..temporal import TemporalLayer
+from ..unet import parts_of
 from .cast_cache import CastWeightCache
 from .differentiable import TrainingBackend, training_forwards
 
@@ -67,9 +68,9 @@ class TrainingUNet:
         ``frames``: the length of the clips that ``predict`` will get.
         """
         backend = TrainingBackend(host.lent)
-        layout = Layout(frames=frames, chunks=1)
+        evaluation = Evaluation(Layout(frames=frames, chunks=1))
         swaps = training_forwards(self.module, queries, self.conditions.context, self.cast_cache.lent, backend)
-        return swaps + inflated_forwards(self.module, inflation, layers, layout, backend)
+        return swaps + inflated_forwards(parts_of(self.module), inflation, layers, evaluation, backend)
 
     def predict(self, noisy: Tensor, timestep: int) -> Tensor:
         """Return the UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale.
