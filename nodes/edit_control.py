@@ -60,8 +60,8 @@ class EditControl(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the clip may change: one for all frames, or one each. Without it the words of Edit "
-                    "Prompt find the place.",
+                    tooltip="Where the clip may change: one for all frames, or one each. Without it the place is "
+                    "found where the two sentences differ.",
                 ),
                 _lever("self_share", "Share of the steps in which frames look at each other as in the clip."),
                 _lever("cross_share", "Share of the steps in which words that stay act as in the clip."),
@@ -71,12 +71,13 @@ class EditControl(io.ComfyNode):
                 _lever("proximal", "Share of the guidance, the weaker part, that is dropped."),
                 io.Float.Input(
                     "threshold",
-                    default=0.3,
+                    default=0.2,
                     min=0.05,
                     max=0.95,
                     step=0.05,
                     optional=True,
-                    tooltip="How strongly a place must belong to the words to be in the found mask. Lower: larger.",
+                    tooltip="How much the two sentences must differ at a place for it to be in the found mask. Lower: "
+                    "larger.",
                 ),
                 io.Combo.Input(
                     "layers",
@@ -109,7 +110,7 @@ class EditControl(io.ComfyNode):
         blend_start: float = -1.0,
         fresh_noise: float = -1.0,
         proximal: float = -1.0,
-        threshold: float = 0.3,
+        threshold: float = 0.2,
         layers: str = _PRESETS_OWN,
         attention_in_mask: str = _PRESETS_OWN,
     ) -> io.NodeOutput:

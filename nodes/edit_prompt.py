@@ -25,7 +25,7 @@ class EditPrompt(io.ComfyNode):
             category=CATEGORY,
             **search_aliases("prompt to prompt", "word alignment"),
             description="Encodes the clip's sentence and the edit's, and finds the words that stay, go and are new. "
-            "Edit Control uses them to keep what the words that stay describe, and to find where the edit happens.",
+            "Edit Control uses them to keep what the words that stay describe.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the model's own checkpoint."),
                 io.String.Input("source", multiline=True, tooltip="The clip's sentence, as it was tuned."),

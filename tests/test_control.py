@@ -227,11 +227,17 @@ def test_a_mask_is_found_and_handed_out(any_edit: Edit) -> None:
         )
 
 
-def test_without_words_and_mask_nothing_is_kept_apart(edit: Edit, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_words_a_mask_is_found_as_well(edit: Edit) -> None:
     plain_text = [[edit.positive[0][0], {}]]
-    blended = edit.run(Control(self_share=0.5, blend_start=0.2, free_inside=True), positive=plain_text)
-    assert torch.equal(blended, edit.run(Control(self_share=0.5), positive=plain_text))
-    assert "has no mask and knows of no word that changes" in caplog.text
+    control = Control(self_share=0.5, blend_start=0.2, free_inside=True)
+    assert torch.equal(edit.run(control, positive=plain_text), edit.run(control))
+    assert not torch.equal(edit.run(control), edit.run(Control(self_share=0.5)))
+
+
+def test_the_clips_own_sentence_leaves_the_clip(edit: Edit) -> None:
+    """The two sentences differ nowhere, so that there is no place to change."""
+    own = edit.trajectory.conditioning
+    assert torch.equal(edit.run(Control(blend_start=0.0), positive=own), CLIP)
 
 
 def test_what_a_plain_model_samples_can_be_controlled(edit: Edit) -> None:

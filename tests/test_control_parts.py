@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import unet as unet_parts
-from tune_a_video.tav_core.control.blend import WordMaps, frame_masks, grid, resized_mask, word_attention
+from tune_a_video.tav_core.control.blend import difference_mask, frame_masks, grid, resized_mask
 from tune_a_video.tav_core.control.guidance import proximal
 from tune_a_video.tav_core.control.injection import feature_layer, in_layers
 from tune_a_video.tav_core.control.noise import freed_noise
@@ -70,56 +70,44 @@ def test_a_cell_that_a_mask_touches_belongs_to_it() -> None:
     assert frame_masks(None, torch.zeros(3, 4, 8, 12)).sum() == 3 * 8 * 12
 
 
-def test_words_attention_is_the_share_of_the_softmax() -> None:
+def differences(frames: int, size: int, *places: tuple[int, int], levels: int = 3) -> list[Tensor]:
+    """Differences that are small everywhere and large in a square of 5 cells around each place of every frame."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 6, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
-    words = torch.tensor([0.0, 1, 0, 1, 0])
-    expected = torch.zeros(2, 6)
-    for part in (slice(0, 4), slice(4, 8)):
-        expected += torch.softmax(q[..., part] @ k[..., part].mT / 2, -1)[..., [1, 3]].sum(-1) / 2
-    torch.testing.assert_close(word_attention(q, k, 2, words), expected)
+    found = [0.1 * torch.randn(frames, 4, size, size, generator=generator) for _ in range(levels)]
+    for level in found:
+        for y, x in places:
+            level[:, :, y - 2 : y + 3, x - 2 : x + 3] += torch.randn(frames, 4, 5, 5, generator=generator)
+    return found
 
 
-def test_no_map_above_32_by_32_is_written() -> None:
-    maps = WordMaps(1, 96, 128)
-    for tokens in (96 * 128, 48 * 64, 24 * 32):
-        pooled = maps.pooled(torch.arange(float(tokens)).view(1, tokens, 1))
-        assert pooled.shape[1] <= 1024 and grid(pooled.shape[1], 96, 128)
-        assert float(pooled.mean()) == pytest.approx((tokens - 1) / 2)
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_found_mask_is_where_the_sentences_differ(size: int) -> None:
+    places = (4, 4), (size - 6, size - 5)
+    mask = difference_mask(differences(3, size, *places), 0.3)
+    assert mask.shape == (3, 1, size, size) and set(mask.unique().tolist()) == {0.0, 1.0}
+    truth = torch.zeros(size, size)
+    for y, x in places:
+        truth[y - 2 : y + 3, x - 2 : x + 3] = 1
+    assert float((mask * truth).sum() / (3 * truth.sum())) > 0.95
+    assert float((mask * (1 - truth)).mean()) < 0.12
 
 
-def test_the_layers_nearest_to_16_by_16_are_read() -> None:
-    maps = WordMaps(1, 64, 64)
-    assert not maps.chosen
-    maps.choose([4096, 1024, 256, 64])
-    assert [tokens for tokens in (4096, 1024, 256, 64) if maps.looks_at(tokens, 64, 64)] == [256]
-    assert not maps.looks_at(256, 32, 64)
+def test_a_frame_that_hardly_differs_has_no_place() -> None:
+    found = differences(6, 16, (8, 8))
+    for level in found:
+        level[3:] = 0.1 * torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    mask = difference_mask(found, 0.3)
+    assert mask[:2, 0, 8, 8].all() and mask[4:].mean() < 0.05
 
 
-def peak(frames: int, at: int) -> Tensor:
-    maps = torch.full((frames, 256), 0.01)
-    maps[:, at] = 1
-    return maps
+def test_sentences_that_differ_nowhere_leave_nothing_to_change() -> None:
+    assert not difference_mask([torch.zeros(2, 4, 8, 8)] * 3, 0.2).any()
 
 
-def test_a_found_mask_is_the_union_of_the_words_places() -> None:
-    maps = WordMaps(3, 64, 64)
-    assert maps.mask(0.3) is None
-    maps.add(True, range(3), peak(3, 3 * 16 + 4))
-    source = maps.mask(0.3)
-    assert source is not None and source.shape == (3, 1, 64, 64)
-    assert source[0, 0, 14, 18] == 1 and source[0, 0, 50, 50] == 0
-    maps.add(False, range(3), peak(3, 12 * 16 + 12))
-    both = maps.mask(0.3)
-    assert both is not None and both[0, 0, 14, 18] == both[0, 0, 50, 50] == 1 and both.mean() < 0.2
-
-
-def test_windows_add_to_their_own_frames() -> None:
-    maps = WordMaps(3, 64, 64)
-    maps.add(True, (0, 1), peak(2, 0))
-    maps.add(True, (2,), peak(1, 255))
-    mask = maps.mask(0.3)
-    assert mask is not None and mask[0, 0, 0, 0] == 1 and mask[2, 0, 0, 0] == 0 and mask[2, 0, -1, -1] == 1
+def test_a_lower_threshold_finds_more() -> None:
+    found = differences(2, 16, (8, 8))
+    areas = [float(difference_mask(found, threshold).mean()) for threshold in (0.1, 0.3, 0.6)]
+    assert areas[0] > areas[1] > areas[2] > 0
 
 
 def test_proximal_guidance_drops_the_weaker_part() -> None:
@@ -169,11 +157,8 @@ def test_named_words_and_their_positions() -> None:
     assert positions(words, {5, 1}) == (2, 6)
 
 
-def test_positions_follow_embeddings_that_the_host_repeats() -> None:
+def test_only_embeddings_of_the_same_lengths_share_words() -> None:
     words = EditWords(None, (1,), (2,), ((0, 0), (2, 1)), (3, 4))
-    changing = words.changing(source=True, tokens=6)
-    assert changing is not None and changing.tolist() == [0, 1, 0, 0, 1, 0]
-    assert words.changing(source=False, tokens=6) is None
     kept = words.kept(3, 4)
     assert kept is not None and kept.nonzero().tolist() == [[0, 0], [2, 1]]
     assert words.kept(6, 4) is None

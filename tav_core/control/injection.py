@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inflate import Layout, Swap
-from .blend import WordMaps, grid, word_attention
+from .blend import grid
 from .settings import Control, Layers
 from .words import EditWords
 
@@ -46,26 +46,23 @@ class Step:
     """The levers that are on in one step, and what was kept of the clip in it.
 
     ``latent``: the clip at the step's noise level, in the model's scale. ``mask``: [frames, 1, h, w], where the edit's
-    own attention is free; None for nowhere. ``maps``: where the words' attention is added up; the step that has to
-    choose the layers for it (``chooses_layers``) adds nothing.
+    own attention is free; None for nowhere.
     """
 
     control: Control
     words: EditWords | None
-    maps: WordMaps | None
     latent: Tensor
     mask: Tensor | None
     injects_self: bool
     injects_cross: bool
     injects_feature: bool
-    chooses_layers: bool = False
     kept: dict[Any, Tensor] = field(default_factory=dict)
     kept_frames: tuple[int, ...] | None = None
 
     @property
     def needs_clip(self) -> bool:
         """Say whether the clip has to be evaluated in this step."""
-        return self.injects_self or self.injects_cross or self.injects_feature or self.maps is not None
+        return self.injects_self or self.injects_cross or self.injects_feature
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,6 @@ class BoundCall:
     def __init__(self, call: Call, layout: Layout, size: tuple[int, int], positive: list[bool]) -> None:
         self._source, self._frames, self._step = call.source, call.frames, call.step
         self._layout, self._size, self._positive = layout, size, positive
-        self._queries: dict[str, Tensor] = {}
-        self._seen: set[int] = set()
 
     def self_attention(self, path: str, q: Tensor, k: Tensor, attend: Attend) -> Tensor:
         """Attend with the clip's queries and keys in controlled layers; q and k are [chunks * frames * tiles, n, c].
@@ -122,24 +117,16 @@ class BoundCall:
         return [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
 
     @contextmanager
-    def hooks(self, unet: Any, blocks: Mapping[str, Any]) -> Iterator[None]:
-        """Read the words' attention and exchange features while the context lasts.
-
-        Hooks on the projections see cross-attentions that another pack computes, too.
-        """
+    def hooks(self, unet: Any) -> Iterator[None]:
+        """Exchange features while the context lasts."""
         handles = []
         try:
             if self._step.injects_feature:
                 handles.append(feature_layer(unet).register_forward_hook(self._feature))
-            if self._step.maps is not None and self._step.words is not None:
-                for path, block in blocks.items():
-                    handles.append(block.attn2.to_q.register_forward_hook(self._query_reader(path)))
-                    handles.append(block.attn2.to_k.register_forward_hook(self._key_reader(path, block.attn2.heads)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._choose_map_layers()
 
     def _cross_attention(self, path: str, attn: Any, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(
@@ -193,40 +180,6 @@ class BoundCall:
             self._keep(key, output)
             return None
         return self._kept(key, output)
-
-    def _query_reader(self, path: str) -> Callable[..., None]:
-        def read(layer: Any, inputs: Any, output: Tensor) -> None:
-            maps = self._step.maps
-            assert maps is not None
-            if self._step.chooses_layers:
-                if grid(output.shape[1], *self._size):
-                    self._seen.add(output.shape[1])
-            elif maps.looks_at(output.shape[1], *self._size):
-                self._queries[path] = output
-
-        return read
-
-    def _key_reader(self, path: str, heads: int) -> Callable[..., None]:
-        def read(layer: Any, inputs: Any, output: Tensor) -> None:
-            maps, words, q = self._step.maps, self._step.words, self._queries.pop(path, None)
-            if maps is None or words is None or q is None or len(q) != len(output):
-                return
-            changing = words.changing(self._source, output.shape[1])
-            rows = len(q) // len(self._positive)
-            if changing is None or rows != len(self._frames) or not changing.any():
-                return
-            for number, positive in enumerate(self._positive):
-                if positive:
-                    at = slice(number * rows, (number + 1) * rows)
-                    attention = word_attention(maps.pooled(q[at]), output[at], heads, changing)
-                    maps.add(self._source, self._frames, attention)
-
-        return read
-
-    def _choose_map_layers(self) -> None:
-        """Choose the layers to read from those that the first evaluation has shown."""
-        if self._step.maps is not None and self._seen:
-            self._step.maps.choose(sorted(self._seen))
 
     def _is_controlled(self, path: str, tokens: int) -> bool:
         found = grid(tokens, *self._size)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import Refusal
-from .blend import WordMaps, resized_mask
+from .blend import MASK_LEVELS, difference_mask, resized_mask
 from .injection import Step
 from .noise import freed_noise
 from .settings import Control
 from .trajectory import Trajectory
 from .words import EditWords
-
-# The words' attention is read during this share of the steps; then the found mask stays as it is.
-_MAP_SHARE = 0.5
 
 
 class ControlledRun:
@@ -32,22 +28,14 @@ class ControlledRun:
         frames, _, height, width = trajectory.clip.shape
         self.trajectory, self.words, self._scale = trajectory, words, scale
         self._given = None if control.mask is None else resized_mask(control.mask, frames, height, width)
-        finds = self._given is None and (control.blend_start is not None or control.free_inside)
-        if finds and (words is None or not (words.goes or words.new)):
-            logging.warning(
-                "Tune-A-Video: edit control has no mask and knows of no word that changes, so that it keeps nothing "
-                "apart. Use Edit Prompt, or connect a mask."
-            )
-            control, finds = replace(control, blend_start=None, free_inside=False), False
-        self.control, self._finds = control, finds
-        self._maps: WordMaps | None = None
+        self._finds = self._given is None and (control.blend_start is not None or control.free_inside)
+        self.control = control
         self._now: tuple[float, Step] | None = None
         self.begin()
 
     def begin(self) -> None:
         """Forget the sampling before."""
-        frames, _, height, width = self.trajectory.clip.shape
-        self._maps = WordMaps(frames, height, width) if self._finds else None
+        self._found: Tensor | None = None
         self.end()
 
     def end(self) -> None:
@@ -69,7 +57,22 @@ class ControlledRun:
     @property
     def mask(self) -> Tensor | None:
         """Return where the clip may change, [frames, 1, h, w], as far as it is known."""
-        return self._given if self._maps is None else self._maps.mask(self.control.threshold)
+        return self._given if self._found is None else self._found
+
+    @property
+    def finds_mask(self) -> bool:
+        """Say whether the mask is still to be found."""
+        return self._finds and self._found is None
+
+    def clip_at_levels(self, like: Tensor) -> list[tuple[float, Tensor]]:
+        """Return the noise levels that a mask is found at, and the clip at each; ``like``: for device and dtype."""
+        last = len(self.trajectory.sigmas) - 1
+        sigmas = [float(self.trajectory.sigmas[max(1, round(share * last))]) for share in MASK_LEVELS]
+        return [(sigma, (self.trajectory.at(sigma) * self._scale).to(like)) for sigma in sigmas]
+
+    def find_mask(self, differences: Sequence[Tensor]) -> None:
+        """Find the mask from the differences of the two sentences' predictions at ``clip_at_levels``."""
+        self._found = difference_mask(differences, self.control.threshold)
 
     def start(self, noise: Tensor, latent: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return noise and latent of a sampling with a share of the noise drawn anew.
@@ -90,17 +93,14 @@ class ControlledRun:
         if self._now is not None and self._now[0] == sigma:
             return self._now[1]
         progress, control = number / steps, self.control
-        reads = self._maps is not None and progress < max(_MAP_SHARE, control.blend_start or 0.0)
         step = Step(
             control=control,
             words=self.words,
-            maps=self._maps if reads else None,
             latent=(self.trajectory.at(sigma) * self._scale).to(like),
             mask=self.mask if control.free_inside else None,
             injects_self=progress < control.self_share,
             injects_cross=progress < control.cross_share and self.words is not None,
             injects_feature=progress < control.feature_share,
-            chooses_layers=self._maps is not None and not self._maps.chosen,
         )
         self._now = sigma, step
         return step

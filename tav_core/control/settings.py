@@ -23,8 +23,8 @@ class Control:
     (PnP). ``free_inside``: inside the mask self-attentions stay the edit's own (FateZero, arXiv 2303.09535).
 
     ``blend_start``: share of the steps after which the latent outside the mask is the clip's; None for never.
-    ``mask``: [1 or frames, h, w], 0 to 1, 1 where the clip may change; None to find it in the cross-attention of the
-    words that change. ``threshold``: share of a frame's maximum from which on the found mask is 1.
+    ``mask``: [1 or frames, h, w], 0 to 1, 1 where the clip may change; None to find it where the two sentences predict
+    different noise. ``threshold``: share of a frame's largest difference from which on the found mask is 1.
 
     ``fresh_noise``: share of the variance of the first noise that is drawn anew, the same for all frames
     (MotionDirector, arXiv 2310.08465); inside ``mask`` where it is given, else everywhere. ``proximal``: quantile of
@@ -38,7 +38,7 @@ class Control:
     free_inside: bool = False
     blend_start: float | None = None
     mask: Tensor | None = None
-    threshold: float = 0.3
+    threshold: float = 0.2
     fresh_noise: float = 0.0
     proximal: float = 0.0
 

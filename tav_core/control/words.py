@@ -29,18 +29,6 @@ class EditWords:
     stays: tuple[tuple[int, int], ...]
     lengths: tuple[int, int]
 
-    def changing(self, source: bool, tokens: int) -> Tensor | None:
-        """Return [tokens], 1 for the tokens of words that change; None where they do not fit into an attention's.
-
-        The host repeats shorter embeddings to the length of longer ones in the same batch.
-        """
-        length = self.lengths[0 if source else 1]
-        if tokens % length:
-            return None
-        found = torch.zeros(length)
-        found[list(self.goes if source else self.new)] = 1
-        return found.repeat(tokens // length)
-
     def kept(self, source_tokens: int, edit_tokens: int) -> Tensor | None:
         """Return [source tokens, edit tokens], 1 where a token of the edit stands for the same one of the clip.
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -81,6 +82,8 @@ def _predict_noise(run: ControlledRun) -> Any:
         if x.shape != run.trajectory.clip.shape:
             return executor(*given.args, **given.kwargs)
         sigma, transformer_options = float(given.arguments["timestep"].flatten()[0]), options["transformer_options"]
+        if run.finds_mask:
+            run.find_mask(_differences(run, executor.class_obj, x, given.arguments["timestep"], options))
         levels = transformer_options["sample_sigmas"][:-1]
         number = int((levels - sigma).abs().argmin())
         step = run.step(sigma, number, len(levels), x)
@@ -94,6 +97,21 @@ def _predict_noise(run: ControlledRun) -> Any:
         return denoised if outside is None else torch.lerp(run.clip(denoised), denoised, outside.to(denoised))
 
     return predict_noise
+
+
+def _differences(run: ControlledRun, guider: Any, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """Return how the predictions for the clip's sentence and for the edit's differ, at each level of the mask."""
+    conds = [guider.conds[_CLIP], guider.conds["positive"]]
+    found = []
+    for sigma, latent in run.clip_at_levels(x):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        at = torch.full_like(timestep, sigma)
+        # The host's context windows look their step up among these.
+        steps = {**options["transformer_options"], "sample_sigmas": x.new_tensor([sigma, 0.0])}
+        level = {**options, "transformer_options": steps}
+        clip, edit = comfy.samplers.calc_cond_batch(guider.inner_model, conds, latent, at, level)
+        found.append(edit - clip)
+    return found
 
 
 def _calc_cond_batch(

@@ -247,7 +247,7 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
         hooks: AbstractContextManager[None] = nullcontext()
         if control is not None:
             swaps = [*swaps, *control.swaps(forwards.parts.blocks, backend.attend)]
-            hooks = control.hooks(unet, forwards.parts.blocks)
+            hooks = control.hooks(unet)
         with forwards.evaluation.of(evaluation), swapped(swaps), hooks:
             yield
 
