@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..tav_core import host
 from ..tav_core.errors import Refusal
 from ..tav_core.evaluation import metrics
+from ..tav_core.evaluation.faults import faults, in_words
 from ..tav_core.media import pictures
 from .support.limits import within_limits
 from .support.memory import memory_explained
@@ -25,7 +26,8 @@ class EvaluateVideo(io.ComfyNode):
             display_name="Evaluate Video (Tune-A-Video)",
             category=CATEGORY,
             **search_aliases("clip score", "frame consistency", "video metrics"),
-            description="Measures an edited clip: its motion and background against the source. With a CLIP Vision "
+            description="Measures an edited clip, its motion and background against the source, and says what went "
+            "wrong. With a CLIP Vision "
             "model it also measures how consistent the frames are; with the matching CLIP, how well they fit the "
             "prompt.",
             inputs=[
@@ -55,6 +57,11 @@ class EvaluateVideo(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="table", tooltip="The figures, as a Markdown table."),
                 io.Image.Output(display_name="plot", tooltip="The figures of each frame, over frames."),
+                io.String.Output(
+                    display_name="verdict",
+                    tooltip="What went wrong, in words: edit not made, background changed, motion lost, flicker; with "
+                    "the frames.",
+                ),
             ],
             is_output_node=True,
         )
@@ -77,11 +84,14 @@ class EvaluateVideo(io.ComfyNode):
         metrics.check_same(source, edited)
         images = None if clip_vision is None else host.image_embeddings(clip_vision, edited)
         text = host.text_embedding(clip, prompt) if clip is not None and prompt.strip() else None
-        figures, curves = metrics.evaluate(source, edited, images, text, mask)
-        table, plot = metrics.table(figures), pictures.frame_curves(curves)
+        flows = metrics.source_flows(source) if len(source) > 1 else None
+        figures, curves = metrics.evaluate(source, edited, images, text, mask, flows)
+        wrong = faults(source, edited, flows, mask)
+        table, plot, verdict = metrics.table(figures), pictures.frame_curves(curves), in_words(wrong)
         # A picture, because front ends show text only of the host's own nodes.
-        shown = ui.PreviewImage(pictures.table_over_plot(metrics.rows(figures), plot), cls=cls).as_dict()
-        return io.NodeOutput(table, plot, ui={**shown, **ui.PreviewText(table).as_dict()})
+        rows = [("verdict", line, "") for line in verdict.splitlines()] + metrics.rows(figures)
+        shown = ui.PreviewImage(pictures.table_over_plot(rows, plot), cls=cls).as_dict()
+        return io.NodeOutput(table, plot, verdict, ui={**shown, **ui.PreviewText(f"{verdict}\n\n{table}").as_dict()})
 
 
 NODES = [EvaluateVideo]

@@ -66,13 +66,14 @@ def value(table: str, row: str) -> float:
 def test_what_clip_says_is_in_the_table(nodes: Any) -> None:
     vision = Vision()
     clip = text_model(2 * torch.eye(3)[[1, 0, 2]], torch.tensor([[0.0, 1.0, 0.0]]))
-    table, curves = nodes.EvaluateVideo.execute(red(), red(), "red", vision, clip).result
+    table, curves, _ = nodes.EvaluateVideo.execute(red(), red(), "red", vision, clip).result
     assert vision.batches == [16, 4]
     assert value(table, "consistency") == pytest.approx(1, abs=0.01)
     assert value(table, "faithfulness") == pytest.approx(100, abs=1)
     assert curves.ndim == 4 and curves.shape[-1] == 3
-    alone, _ = nodes.EvaluateVideo.execute(red(), red(), "red").result
+    alone, _, verdict = nodes.EvaluateVideo.execute(red(), red(), "red").result
     assert "aithfulness" not in alone
+    assert verdict == "The edit was hardly made in frames 1 to 20."
 
 
 def test_half_a_clip_is_refused(nodes: Any) -> None:
