@@ -24,15 +24,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.host]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "tune-a-video-demo-model"
-# Names that templates hold, by the folder that a user has such files in; here they hold nothing.
-STAND_INS = {
-    "checkpoints": (workflows.CHECKPOINT, workflows.DREAMBOOTH, workflows.OTHER_CHECKPOINT),
-    "loras": (workflows.LORA, workflows.CHARACTER_LORA),
-    "controlnet": (workflows.CONTROLNET, workflows.T2I_ADAPTER),
-    "clip_vision": (workflows.CLIP_VISION,),
-    "text_encoders": (workflows.CLIP_TEXT,),
-    "tav": (workflows.MOTION,),
-}
 SECONDS = 600
 # What lies over the graph, or is of no interest, in pictures that are kept.
 UNSEEN = ".minimap-main-container, .workflow-tabs-container { display: none !important }"
@@ -44,28 +35,14 @@ EXPECTED = re.compile(r"^404 \S+/docs/TAV_\w+/[\w-]+\.md$")
 def server(comfyui: Path | None, exercised: list[str]) -> Iterator[HostServer]:
     assert comfyui is not None
     base = Path(tempfile.mkdtemp(prefix="tune-a-video-browser-"))
-    clip = ROOT / "demo" / workflows.DRAWN.file
     try:
-        (base / "input").mkdir()
-        named = {value for path in workflows.API_FOLDER.glob("*.json") for value in files_of(path)}
-        for name in named:
-            shutil.copy(clip, base / "input" / name)
-        for folder, names in STAND_INS.items():
-            (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-            for name in names:
-                (base / "models" / folder / name).touch()
+        workflows.write_stand_ins(base)
         arguments = ["--preview-method", "latent2rgb"]
         with HostServer(comfyui, base, {workflows.PACK: ROOT}, arguments=arguments, start_timeout=900) as running:
             exercised.append(f"browser tests: the page of ComfyUI {host_version(comfyui)}")
             yield running
     finally:
         shutil.rmtree(base, ignore_errors=True)
-
-
-def files_of(path: Path) -> list[str]:
-    """The clips that a graph for scripts loads."""
-    nodes = json.loads(path.read_text(encoding="utf-8")).values()
-    return [node["inputs"]["file"] for node in nodes if node["class_type"] == "TAV_LoadVideo"]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +196,7 @@ def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
     run(page)
     wait_until(page, seen, tune)
     assert "goes on after step" in server.log()
-    page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "Stop and keep"))
+    page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "stop"))
     page.get_by_text("its weights are kept").first.wait_for()
     shot("stopped")
     wait_until(page, "() => tav.ends.length")
