@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [path.stem for path in SUBGRAPH_FILES]
 # What the front end and web/js add to a node without an input of that name.
 ADDED_WIDGETS = {"TAV_LoadVideo": {"upload"}, "TAV_OneShotTune": {"stop"}}
-PICTURES = {"$$canvas-image-preview", "video-preview"}
+PICTURES = {"$$tav-preview"}
 
 
 @pytest.fixture(params=SUBGRAPH_FILES, ids=NAMES)

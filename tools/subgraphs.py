@@ -25,7 +25,7 @@ class Subgraph(NamedTuple):
     widgets: name of an input -> the widgets "NODE.INPUT" that it sets.
     outputs: name of an output -> (node, its output).
     shown: (node, widget) of buttons and pictures that also show outside.
-    media: pixels to reserve for pictures and text boxes.
+    media: pixels to reserve for buttons and text boxes; the node grows when it shows pictures.
     """
 
     template: str
@@ -39,7 +39,8 @@ class Subgraph(NamedTuple):
 
 
 _CLIP = {name: (f"3.{name}",) for name in ("file", "frame_count", "width", "height")}
-_PICTURE = "$$canvas-image-preview"
+# web/js/preview.js gives it to the nodes that show pictures.
+_PICTURE = "$$tav-preview"
 SUBGRAPHS = {
     "Edit a Video (Tune-A-Video)": Subgraph(
         "tune-a-video-edit-control",
@@ -57,8 +58,8 @@ SUBGRAPHS = {
             "tuning_steps": ("6.steps",),
         },
         {"images": (11, 0), "video": (12, 0), "comparison": (13, 0), "mask": (10, 1)},
-        ((3, "upload"), (6, "stop"), (6, _PICTURE), (7, _PICTURE), (10, _PICTURE), (13, "video-preview")),
-        560,
+        ((3, "upload"), (6, "stop"), (13, _PICTURE), (6, _PICTURE), (10, _PICTURE)),
+        240,
     ),
     "Learn a Motion (Tune-A-Video)": Subgraph(
         "tune-a-video-step-by-step",
@@ -74,7 +75,7 @@ SUBGRAPHS = {
         },
         {"motion": (6, 1), "path": (8, 0), "loss_curve": (6, 2)},
         ((3, "upload"), (6, "stop"), (6, _PICTURE)),
-        400,
+        120,
     ),
     "Apply a Motion (Tune-A-Video)": Subgraph(
         "tune-a-video-saved-motion",
@@ -85,8 +86,8 @@ SUBGRAPHS = {
         ("tav", "tune a video", "saved motion", "video to video"),
         {**_CLIP, "motion": ("5.file",), "new_sentence": ("9.text",), "guidance": ("10.guidance",)},
         {"images": (11, 0), "video": (12, 0)},
-        ((3, "upload"), (8, _PICTURE), (10, _PICTURE), (12, "video-preview")),
-        480,
+        ((3, "upload"), (12, _PICTURE), (10, _PICTURE)),
+        160,
     ),
 }
 
