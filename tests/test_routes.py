@@ -68,6 +68,17 @@ def test_a_tuning_that_ends_during_a_stop_request_is_no_error(monkeypatch: pytes
     assert stop.request_stop(None) == []
 
 
+def test_of_two_tunings_in_subgraphs_the_right_one_stops() -> None:
+    from tune_a_video.nodes.support import stop
+
+    with stop.stoppable("12:6") as first, stop.stoppable("2:12:6") as nested, stop.stoppable("6") as plain:
+        assert stop.request_stop("13:6") == [] == stop.request_stop("1") == stop.request_stop("2:6")
+        assert stop.request_stop("12:6") == ["12:6"]
+        assert (first.is_set(), nested.is_set(), plain.is_set()) == (True, False, False)
+        assert stop.request_stop("6") == ["6"]
+        assert stop.request_stop("2") == ["2:12:6"]
+
+
 def test_files_are_found_below_a_name_with_a_space(tmp_path: Path) -> None:
     from aiohttp import web
     from tune_a_video.nodes.support.routes import add_files

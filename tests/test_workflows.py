@@ -5,44 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import canvas
 import pytest
 import run_workflow
+from workflow_files import (
+    FILES,
+    Json,
+    all_nodes,
+    box,
+    frame,
+    gap,
+    host_definitions,
+    inside,
+    overlaps,
+    queued,
+    read,
+    tall_box,
+)
 
 import workflows
 
 ROOT = Path(__file__).resolve().parent.parent
-Json = dict[str, Any]
-# Every .json at the top level is offered as a template.
-FILES = sorted((ROOT / "workflows").glob("*.json"))
-
-DEFINITIONS = """
-import asyncio, json, pathlib, sys, tempfile
-sys.path.insert(0, sys.argv[1])
-import engine
-with tempfile.TemporaryDirectory() as base:
-    engine.load_engine(pathlib.Path(sys.argv[2]), pathlib.Path(base))
-    import nodes
-    asyncio.run(nodes.init_builtin_extra_nodes())
-    extension = asyncio.run(engine.load_pack().comfy_entrypoint())
-    ours = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
-    found = {}
-    for name, node in {**nodes.NODE_CLASS_MAPPINGS, **ours}.items():
-        if name in sys.argv[3:]:
-            kinds = list(node.RETURN_TYPES)
-            names = list(getattr(node, "RETURN_NAMES", None) or kinds)
-            found[name] = {"input": node.INPUT_TYPES(), "output": kinds, "output_name": names}
-print(json.dumps(found))
-"""
-
-
-def read(path: Path) -> Json:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -51,67 +38,9 @@ def workflow(request: pytest.FixtureRequest) -> Json:
 
 
 @pytest.fixture(scope="module")
-def definitions(comfyui: Path | None) -> workflows.Definitions:
-    """What ComfyUI says of the nodes that the workflows use, as in its /object_info."""
+def definitions(comfyui: Path | None) -> canvas.Definitions:
     assert comfyui is not None  # tests marked `comfyui` are left out where there is none
-    used = {node["type"] for path in FILES for node in read(path)["nodes"]} - set(workflows.NOTES)
-    command = [sys.executable, "-I", "-c", DEFINITIONS, ROOT / "tools", comfyui, *sorted(used)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Pixels between two boxes (left, top, right, bottom) along the axis that parts them; negative if they overlap."""
-    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
-
-
-def overlaps(boxes: dict[str, tuple[float, ...]]) -> list[tuple[str, str]]:
-    """Pairs with less than 10 pixels between them."""
-    return [(a, b) for a, b in itertools.combinations(boxes, 2) if gap(boxes[a], boxes[b]) < 10]
-
-
-def box(node: Json) -> tuple[float, ...]:
-    """(left, top, right, bottom) of a node on the classic canvas, its title included."""
-    (left, top), (width, height) = node["pos"], node["size"]
-    return left, top - 30, left + width, top + height
-
-
-def tall_box(node: Json) -> tuple[float, ...]:
-    """The box in Nodes 2.0: 24 pixels a slot and 36 a widget, where the classic canvas has 20 and 24."""
-    left, top, right, bottom = box(node)
-    sockets = sum("widget" not in entry for entry in node["inputs"])
-    widgets = 0 if node["type"] in workflows.NOTES else len(node["widgets_values"])
-    taller = 4 * max(sockets, len(node["outputs"])) + 12 * widgets
-    return left, top, right, bottom + taller + 20
-
-
-def queued(workflow: Json, definitions: workflows.Definitions) -> Json:
-    """The API graph that the front end makes of a workflow: links and stored values, by input."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    graph = {}
-    for node in workflow["nodes"]:
-        if node["type"] in workflows.NOTES:
-            continue
-        widgets = workflows.widget_inputs(workflows.without_added(node["type"], definitions[node["type"]]))
-        stored = zip(widgets, node["widgets_values"], strict=True)
-        inputs = {name: value for (name, kind), value in stored if kind in workflows.WIDGET_TYPES}
-        inputs |= {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
-        graph[str(node["id"])] = {
-            "class_type": node["type"],
-            "inputs": {**workflows.ADDED_INPUTS.get(node["type"], {}), **inputs},
-            "_meta": {"title": node.get("title", node["type"])},
-        }
-    return graph
-
-
-def frame(group: Json) -> tuple[float, float, float, float]:
-    left, top, width, height = group["bounding"]
-    return left, top, left + width, top + height
-
-
-def inside(inner: tuple[float, ...], outer: tuple[float, ...]) -> bool:
-    return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+    return host_definitions(comfyui)
 
 
 def recorded_links(workflow: Json) -> Iterator[tuple[Any, ...]]:
@@ -152,7 +81,7 @@ def test_the_order_is_one_to_run_the_nodes_in(workflow: Json) -> None:
 
 def test_our_nodes_exist(workflow: Json) -> None:
     sources = "".join(path.read_text() for path in (ROOT / "nodes").glob("*.py"))
-    ours = {node["type"] for node in workflow["nodes"] if node["type"].startswith("TAV_")}
+    ours = {node["type"] for node in all_nodes(workflow) if node["type"].startswith("TAV_")}
     assert ours and ours <= set(re.findall(r'node_id="(\w+)"', sources))
 
 
@@ -177,24 +106,24 @@ def test_groups_frame_their_nodes_and_nothing_else(workflow: Json) -> None:
     for node in workflow["nodes"]:
         for drawn in (box(node), tall_box(node)):
             around = [each for each in frames if gap(each, drawn) < 0]
-            if node["type"] in workflows.NOTES:
+            if node["type"] in canvas.NOTES:
                 assert around == []
             else:
                 assert len(around) == 1 and inside(drawn, around[0]), node["type"]
 
 
 def test_there_is_a_note_and_every_prompt_has_a_title(workflow: Json) -> None:
-    assert any(node["type"] in workflows.NOTES for node in workflow["nodes"])
+    assert any(node["type"] in canvas.NOTES for node in workflow["nodes"])
     assert all(node.get("title") for node in workflow["nodes"] if node["type"] == "CLIPTextEncode")
 
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, definitions: workflows.Definitions) -> None:
+def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, definitions: canvas.Definitions) -> None:
     """If not, run tools/workflows.py."""
     written, (made, graph) = read(path), workflows.build(path.stem, definitions)
     for workflow in (written, made):
-        for node in workflow["nodes"]:
+        for node in all_nodes(workflow):
             # A newer ComfyUI may have given a node one more output, as it did with PreviewImage.
             node["outputs"] = [output for output in node["outputs"] if output["links"]]
     assert written == made
@@ -203,12 +132,12 @@ def test_a_file_is_what_the_tool_makes_of_this_comfyuis_nodes(path: Path, defini
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_queues_its_graph_for_scripts(path: Path, definitions: workflows.Definitions) -> None:
+def test_a_file_queues_its_graph_for_scripts(path: Path, definitions: canvas.Definitions) -> None:
     assert queued(read(path), definitions) == read(workflows.API_FOLDER / path.name)
 
 
 @pytest.mark.comfyui
-def test_graphs_for_scripts_give_all_that_this_comfyui_requires(definitions: workflows.Definitions) -> None:
+def test_graphs_for_scripts_give_all_that_this_comfyui_requires(definitions: canvas.Definitions) -> None:
     """Inputs that newer hosts have added too, whatever host wrote the files."""
     missing = [
         f"{path.stem}: {node['class_type']}.{name}"
@@ -242,7 +171,7 @@ def test_notes_point_to_templates_that_exist() -> None:
         name
         for path in FILES
         for node in read(path)["nodes"]
-        if node["type"] in workflows.NOTES
+        if node["type"] in canvas.NOTES
         for name in re.findall(r"\(template \*([\w-]+)\*\)", node["widgets_values"][0])
     }
     assert len(named) >= 4
@@ -283,13 +212,13 @@ EXAMPLE = {
 
 def example(**inputs: Any) -> Json:
     load = {"class_type": "Load", "inputs": {}}
-    return workflows.completed({"2": load, "3": {"class_type": "Some", "inputs": inputs}}, EXAMPLE)
+    return canvas.completed({"2": load, "3": {"class_type": "Some", "inputs": inputs}}, EXAMPLE)
 
 
 def test_the_controls_of_seeds_and_uploads_are_stored_and_not_sent() -> None:
     graph = example(model=["2", 0], image="b.png")
     assert graph["3"]["inputs"] == {"image": "b.png", "seed": 3, "plain_seed": 4, "scale": 0.5, "model": ["2", 0]}
-    workflow = workflows.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
+    workflow = canvas.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
     node = workflow["nodes"][2]
     assert node["widgets_values"] == ["b.png", 3, "fixed", 4, "image", 0.5]
     assert [entry["name"] for entry in node["inputs"]] == [
@@ -306,7 +235,7 @@ def test_an_input_that_a_node_does_not_have_is_refused() -> None:
 def test_a_link_of_the_wrong_type_is_refused() -> None:
     graph = example(image="b.png", mask=["2", 0])
     with pytest.raises(ValueError, match="Load gives MODEL, Some takes MASK"):
-        workflows.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
+        canvas.canvas("some", graph, "A note.", {2: "group"}, EXAMPLE)
 
 
 def script_example() -> Json:

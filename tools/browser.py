@@ -57,12 +57,24 @@ def open_page(port: int, width: int = 1600, height: int = 900, path: str | None 
         page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(TIMEOUT)
         page.goto(f"http://127.0.0.1:{port}", timeout=TIMEOUT)
-        page.wait_for_function(_READY, timeout=TIMEOUT)
-        page.evaluate(_WATCH)
-        page.wait_for_timeout(3000)
-        close_dialogs(page)
+        _settle(page)
         yield page
         browser.close()
+
+
+def _settle(page: Page) -> None:
+    page.wait_for_function(_READY, timeout=TIMEOUT)
+    page.evaluate(_WATCH)
+    page.wait_for_timeout(3000)
+    close_dialogs(page)
+
+
+def use_nodes_2(page: Page, used: bool) -> None:
+    """Switch between the classic canvas and Nodes 2.0, and load the page again."""
+    page.evaluate("used => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', used)", used)
+    page.reload(timeout=TIMEOUT)
+    _settle(page)
+    assert page.evaluate("LiteGraph.vueNodesMode === true") == used
 
 
 def close_dialogs(page: Page) -> None:
@@ -75,15 +87,15 @@ def close_dialogs(page: Page) -> None:
 
 
 def widget_point(page: Page, node_type: str, widget: str) -> tuple[float, float]:
-    """Bring the first node of a type into view and return the middle of one of its widgets, in page pixels."""
+    """Bring the first node of a type or title into view and return the middle of one of its widgets, in page pixels."""
     page.evaluate(
-        "type => { const node = app.graph.nodes.find(n => n.type === type); app.canvas.ds.scale = 1;"
+        "type => { const node = app.canvas.graph.nodes.find(n => [n.type, n.title].includes(type)); app.canvas.ds.scale = 1;"
         "app.canvas.centerOnNode(node); app.canvas.setDirty(true, true); }",
         node_type,
     )
     page.wait_for_timeout(1500)
     x, y = page.evaluate(
-        "([type, name]) => { const node = app.graph.nodes.find(n => n.type === type);"
+        "([type, name]) => { const node = app.canvas.graph.nodes.find(n => [n.type, n.title].includes(type));"
         "const widget = node.widgets.find(w => w.name === name), {scale, offset} = app.canvas.ds;"
         "const box = app.canvas.canvas.getBoundingClientRect();"
         "const y = widget.last_y ?? widget.y;"

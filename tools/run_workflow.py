@@ -1,6 +1,6 @@
 """Run one of the workflows on a running ComfyUI, with progress.
 
-    python tools/run_workflow.py workflows/api/tune-a-video-quick-start.json \\
+    python tools/run_workflow.py workflows/api/tune-a-video-step-by-step.json \\
         --set file=skiing.mp4 --set "source prompt.text=a man is skiing" --set "edit prompt.text=a panda is skiing"
 
 Takes any graph in API format. `--set INPUT=VALUE` changes the input of all nodes that have it, `--set NODE.INPUT=VALUE`

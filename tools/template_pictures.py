@@ -73,9 +73,15 @@ def main() -> None:
     comfyui = engine.find_comfyui(options.comfyui)
     if comfyui is None:
         parser.error("no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI; give one with --comfyui")
+    with tempfile.TemporaryDirectory() as base:
+        workflows.write_stand_ins(Path(base))
+        draw(options, comfyui, Path(base))
+
+
+def draw(options: argparse.Namespace, comfyui: Path, base: Path) -> None:
+    """Write the pictures of the named workflows, with a host whose base directory this is."""
     with (
-        tempfile.TemporaryDirectory() as base,
-        HostServer(comfyui, Path(base), {workflows.PACK: workflows.ROOT}) as server,
+        HostServer(comfyui, base, {workflows.PACK: workflows.ROOT}) as server,
         browser.open_page(server.port, *VIEW, path=options.browser) as page,
     ):
         for name in options.names or workflows.WORKFLOWS:

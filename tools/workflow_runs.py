@@ -31,6 +31,8 @@ WINDOW = {"length": 4, "context_length": 4, "context_overlap": 1}
 # Sentences that the demo's model knows, in place of a workflow's own.
 SENTENCES = {
     "tune-a-video-quick-start": {"edit prompt": "a blue star on the sand, painting style"},
+    "tune-a-video-step-by-step": {"edit prompt": "a blue star on the sand, painting style"},
+    "tune-a-video-edit-control": {"edit prompt": "a blue star on the sand, painting style"},
     "tune-a-video-object-edit": {"edit prompt": "a blue circle on the sand, painting style"},
     "tune-a-video-background-change": {
         "edit prompt 1": "a blue heart on the grass, painting style",
@@ -92,6 +94,8 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
         node.update(class_type="TAV_LoadDemoModel", inputs={})
     elif kind == "CLIPTextEncode":
         inputs["text"] = sentences.get(node["_meta"]["title"], inputs["text"])
+    elif kind == "TAV_EditPrompt":
+        inputs.update(source=sentences["source prompt"], edit=sentences["edit prompt"])
     elif kind == "TAV_LoadMotion":
         inputs["file"] = motion
     elif kind == "TAV_LoadVideo":

@@ -5,46 +5,30 @@
 A workflow is described by three things: its graph in workflows/api/NAME.json (ComfyUI's API format, node ids in the
 order of the canvas), its note in workflows/notes/NAME.md, and its groups in `WORKFLOWS` below. The tool asks a ComfyUI
 for its node definitions, adds inputs that a graph leaves out with their defaults, and writes workflows/NAME.json, which
-ComfyUI lists as a template.
+ComfyUI lists as a template. It also writes the subgraphs of tools/subgraphs.py, subgraphs/NAME.json, and both files of
+the workflows in `FOLDED`, in which one of them takes the place of its nodes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Json = dict[str, Any]
-Definitions = Mapping[str, Json]
+from canvas import Definitions, Json, canvas, completed
+
+import subgraphs
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workflows"
 # ComfyUI lists every .json at the top level as a template, so the graphs for scripts lie deeper.
 API_FOLDER = FOLDER / "api"
 NOTE_FOLDER = FOLDER / "notes"
+SUBGRAPH_FOLDER = ROOT / "subgraphs"
 PACK = "Tune-A-Video"
-# The oldest supported ComfyUI. The files name it whatever host wrote them.
-CORE_VERSION = "0.3.64"
-# Inputs of core nodes that newer hosts require and older ones ignore. Graphs for scripts give them; the front end
-# fills in the same defaults by itself.
-ADDED_INPUTS: dict[str, Json] = {
-    "ContextWindowsManual": {
-        "freenoise": False,
-        "cond_retain_index_list": "",
-        "split_conds_to_windows": False,
-        "latent_retain_index_list": "",
-        "causal_window_fix": True,
-    }
-}
-# Nodes that only the front end knows.
-NOTES = ("MarkdownNote", "Note")
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-
 # Model files that the graphs name; users choose their own.
 CHECKPOINT = "v1-5-pruned-emaonly.safetensors"
 DREAMBOOTH = "mo-di-diffusion.safetensors"
@@ -56,6 +40,15 @@ T2I_ADAPTER = "t2iadapter_canny_sd15v2.safetensors"
 MOTION = "man-skiing_00001_.safetensors"
 CLIP_VISION = "clip-vit-large-patch14.safetensors"
 CLIP_TEXT = "clip_l.safetensors"
+# Those names by the models folder that a user has such files in.
+MODEL_FILES = {
+    "checkpoints": (CHECKPOINT, DREAMBOOTH, OTHER_CHECKPOINT),
+    "loras": (LORA, CHARACTER_LORA),
+    "controlnet": (CONTROLNET, T2I_ADAPTER),
+    "clip_vision": (CLIP_VISION,),
+    "text_encoders": (CLIP_TEXT,),
+    "tav": (MOTION,),
+}
 
 
 class Clip(NamedTuple):
@@ -73,7 +66,12 @@ _START = {2: "1. Clip and model", 6: "2. Tune, once per clip", 9: "3. Invert"}
 _TWO_EDITS = {**_START, 11: "4. Edit 1", 15: "5. Edit 2", 19: "6. Side by side"}
 _HINTS = "4. One hint per frame"
 WORKFLOWS: dict[str, dict[int, str]] = {
-    "tune-a-video-quick-start": {**_START, 11: "4. Edit"},
+    "tune-a-video-quick-start": {2: "1. Checkpoint", 14: "2. Clip and sentences"},
+    "tune-a-video-step-by-step": {**_START, 11: "4. Edit"},
+    "tune-a-video-edit-control": {
+        **{2: "1. Clip and model", 6: "2. Tune, once per clip", 7: "3. Invert", 8: "4. What changes", 10: "5. Edit"},
+        **{13: "6. Side by side, and where"},
+    },
     "tune-a-video-object-edit": {**_START, 11: "4. Edit", 16: "5. Side by side"},
     "tune-a-video-background-change": _TWO_EDITS,
     "tune-a-video-style-transfer": _TWO_EDITS,
@@ -98,229 +96,8 @@ WORKFLOWS: dict[str, dict[int, str]] = {
     },
     "tune-a-video-demo-model": {**_START, 11: "4. Edit", 14: "5. Result, enlarged"},
 }
-# A group takes the colour of the first of these nodes that it holds, else the last colour.
-COLOURS = {
-    "TAV_OneShotTune": "#8A8",
-    "TAV_LoadMotion": "#8A8",
-    "TAV_DDIMInvert": "#a1309b",
-    "TAV_Sample": "#b58b2a",
-    "TAV_LoadVideo": "#3f789e",
-    "": "#8AA",
-}
-
-# The layout, in pixels. A group is a column of nodes, in the order of their ids. Nodes 2.0 draws nodes taller than the
-# classic canvas: `size` is the classic one, and TALL_* reserve the room.
-TITLE, SLOT, WIDGET = 30, 20, 24
-TALL_SLOT, TALL_WIDGET, TALL_REST, TALL_MEDIA = 28, 40, 40, 1.25
-WIDTH, NOTE_WIDTH, GAP = 320, 420, 60
-GROUP_PADDING, GROUP_TITLE = 10, 44
-NOTE_LINE, NOTE_CHARACTERS = 21, 50
-# Room below the widgets: players, pictures, text boxes.
-MEDIA = {
-    "CLIPTextEncode": 80,
-    "PreviewImage": 240,
-    "TAV_CompareVideos": 230,
-    "TAV_DDIMInvert": 300,
-    "TAV_EvaluateVideo": 240,
-    "TAV_LoadVideo": 340,
-    "TAV_OneShotTune": 300,
-    "TAV_Sample": 300,
-    "TAV_SaveVideo": 340,
-}
-# Widgets that the pack's scripts (web/js) add below a node's own. They are neither stored nor sent.
-BUTTONS = {"TAV_OneShotTune": 1}
-
-
-def widget_inputs(definition: Json) -> list[tuple[str, str]]:
-    """List (name, type) of a node's widgets, in the order in which a workflow stores their values.
-
-    Two widgets are the front end's own: the control that follows a seed and the button of an upload. A workflow stores
-    both, a queued graph has neither.
-    """
-    widgets = []
-    for section in ("required", "optional"):
-        inputs = list(_inputs(definition, section))
-        for name, kind, options in inputs:
-            if kind not in WIDGET_TYPES:
-                continue
-            widgets.append((name, kind))
-            if kind == "INT" and options.get("control_after_generate", name in ("seed", "noise_seed")):
-                widgets.append((f"{name}:control", "CONTROL"))
-        uploads = ("image_upload", "video_upload", "animated_image_upload")
-        if section == "required" and any(options.get(key) for _, _, options in inputs for key in uploads):
-            widgets.append(("upload", "IMAGEUPLOAD"))
-    return widgets
-
-
-def socket_inputs(definition: Json) -> list[tuple[str, str, bool]]:
-    """List (name, type, optional) of a node's inputs that are no widgets, in the order of their dots."""
-    return [
-        (name, kind, section == "optional")
-        for section in ("required", "optional")
-        for name, kind, _ in _inputs(definition, section)
-        if kind not in WIDGET_TYPES
-    ]
-
-
-def widget_options(definition: Json, name: str) -> Json:
-    """Return a definition's options of one widget: default, min, max, options, ..."""
-    sections = ("required", "optional")
-    return next(options for section in sections for each, _, options in _inputs(definition, section) if each == name)
-
-
-def _inputs(definition: Json, section: str) -> Iterator[tuple[str, str, Json]]:
-    for name, (kind, *rest) in definition["input"].get(section, {}).items():
-        options = rest[0] if rest else {}
-        if isinstance(kind, (list, tuple)):  # a list of choices in the place of the type
-            yield name, "COMBO", {**options, "options": list(kind)}
-        else:
-            yield name, kind, options
-
-
-def without_added(kind: str, definition: Json) -> Json:
-    """Return the definition as the oldest supported host gives it."""
-    added = ADDED_INPUTS.get(kind, {})
-    inputs = {
-        section: {name: spec for name, spec in definition["input"].get(section, {}).items() if name not in added}
-        for section in ("required", "optional")
-    }
-    return {**definition, "input": inputs}
-
-
-def completed(graph: Json, definitions: Definitions) -> Json:
-    """Return an API graph with every widget's value given, a node's inputs in the order of its definition.
-
-    Raises ValueError for an input that the node does not have.
-    """
-    done = {}
-    for node_id, node in graph.items():
-        kind, given = node["class_type"], node["inputs"]
-        definition = without_added(kind, definitions[kind])
-        widgets = [name for name, type_ in widget_inputs(definition) if type_ in WIDGET_TYPES]
-        order = [*widgets, *(name for name, _, _ in socket_inputs(definition))]
-        added = ADDED_INPUTS.get(kind, {})
-        unknown = given.keys() - {*order, *added}
-        if unknown:
-            raise ValueError(f"{kind} has no input {', '.join(sorted(unknown))}")
-        values = {
-            name: given[name] if name in given else widget_options(definition, name)["default"]
-            for name in order
-            if name in given or name in widgets
-        }
-        meta = node.get("_meta", {"title": kind})
-        done[node_id] = {"class_type": kind, "inputs": {**added, **values}, "_meta": meta}
-    return done
-
-
-def canvas(name: str, graph: Json, note: str, groups: Mapping[int, str], definitions: Definitions) -> Json:
-    """Return the workflow that the front end would save for a completed API graph.
-
-    groups: id of a group's first node -> its title; the ids of a group follow each other. The note has id 1 and a
-    column of its own, on the left. Raises ValueError for a link between outputs and inputs of different types.
-    """
-    lines = sum(max(1, math.ceil(len(line) / NOTE_CHARACTERS)) for line in note.splitlines())
-    nodes: list[Json] = [
-        {
-            **_node(1, "MarkdownNote", [0, TITLE], [NOTE_WIDTH, NOTE_LINE * lines + 40]),
-            **{"inputs": [], "outputs": [], "properties": {}, "widgets_values": [note]},
-            **{"color": "#432", "bgcolor": "#653"},
-        }
-    ]
-    frames: list[Json] = []
-    links: list[list[Any]] = []
-    by_id = {1: nodes[0]}
-    left, top = NOTE_WIDTH + GAP - WIDTH - GAP, 0.0
-    for key, entry in graph.items():
-        node_id, kind = int(key), entry["class_type"]
-        definition = without_added(kind, definitions[kind])
-        if node_id in groups:
-            left, top = left + WIDTH + GAP, 0.0
-            frames.append({"id": len(frames) + 1, "title": groups[node_id], "bounding": [], "color": "", "flags": {}})
-        height, tall = _heights(kind, definition)
-        title = entry["_meta"]["title"]
-        node = {
-            **_node(node_id, kind, [left, math.ceil(top) + TITLE], [WIDTH, height]),
-            **({} if title == kind else {"title": title}),
-            **_slots(definition),
-            "properties": {
-                **({} if kind.startswith("TAV_") else {"cnr_id": "comfy-core", "ver": CORE_VERSION}),
-                "Node name for S&R": kind,
-            },
-            "widgets_values": [
-                _stored(definition, each, type_, entry["inputs"]) for each, type_ in widget_inputs(definition)
-            ],
-        }
-        for slot, target in enumerate(node["inputs"]):
-            value = entry["inputs"].get(target["name"])
-            if isinstance(value, list):
-                source = by_id[int(value[0])]
-                output = source["outputs"][value[1]]
-                if output["type"] != target["type"]:
-                    raise ValueError(f"{source['type']} gives {output['type']}, {kind} takes {target['type']}")
-                target["link"] = len(links) + 1
-                output["links"] = [*(output["links"] or []), target["link"]]
-                links.append([target["link"], source["id"], value[1], node_id, slot, target["type"]])
-        nodes.append(node)
-        by_id[node_id] = node
-        top += TITLE + tall
-        bottom = math.ceil(top) + GROUP_PADDING
-        frames[-1]["bounding"] = [left - GROUP_PADDING, -GROUP_TITLE, WIDTH + 2 * GROUP_PADDING, bottom + GROUP_TITLE]
-        held = [each["type"] for each in nodes if each["pos"][0] == left]
-        frames[-1]["color"] = next(colour for each, colour in COLOURS.items() if each in (*held, ""))
-    return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_DNS, name)),
-        "revision": 0,
-        "last_node_id": len(nodes),
-        "last_link_id": len(links),
-        "nodes": nodes,
-        "links": links,
-        "groups": frames,
-        "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [80, 120]}},
-        "version": 0.4,
-    }
-
-
-def _node(node_id: int, kind: str, position: list[int], size: list[int]) -> Json:
-    # A graph names a node after those that it is linked from, so the ids are an order to run the nodes in.
-    return {
-        **{"id": node_id, "type": kind, "pos": position, "size": size},
-        **{"flags": {}, "order": node_id - 1, "mode": 0},
-    }
-
-
-def _slots(definition: Json) -> Json:
-    sockets = [
-        {"localized_name": name, "name": name, **({"shape": 7} if optional else {}), "type": kind, "link": None}
-        for name, kind, optional in socket_inputs(definition)
-    ]
-    widgets = [
-        {"localized_name": name, "name": name, "type": kind, "widget": {"name": name}, "link": None}
-        for name, kind in widget_inputs(definition)
-        if kind != "CONTROL"
-    ]
-    outputs = [
-        {"localized_name": name, "name": name, "type": kind, "links": None}
-        for name, kind in zip(definition["output_name"], definition["output"], strict=True)
-    ]
-    return {"inputs": sockets + widgets, "outputs": outputs}
-
-
-def _heights(kind: str, definition: Json) -> tuple[int, float]:
-    """Pixels below a node's title on the classic canvas, and the room to reserve for it."""
-    slots = max(len(socket_inputs(definition)), len(definition["output"]))
-    widgets = len(widget_inputs(definition)) + BUTTONS.get(kind, 0)
-    media = MEDIA.get(kind, 0)
-    classic = slots * SLOT + (widgets * WIDGET + 14 if widgets else 6) + media
-    return classic, slots * TALL_SLOT + widgets * TALL_WIDGET + TALL_REST + TALL_MEDIA * media
-
-
-def _stored(definition: Json, name: str, kind: str, inputs: Json) -> Any:
-    """The value that a workflow stores for a widget; the default where a link gives it."""
-    if kind in ("IMAGEUPLOAD", "CONTROL"):
-        return {"IMAGEUPLOAD": "image", "CONTROL": "fixed"}[kind]
-    value = inputs[name]
-    return widget_options(definition, name)["default"] if isinstance(value, list) else value
+# Workflows whose graph is the template of a subgraph, folded.
+FOLDED = {"tune-a-video-quick-start": "Edit a Video (Tune-A-Video)"}
 
 
 def build(name: str, definitions: Definitions) -> tuple[Json, Json]:
@@ -328,13 +105,52 @@ def build(name: str, definitions: Definitions) -> tuple[Json, Json]:
 
     definitions: a host's answer to /object_info.
     """
-    graph = completed(json.loads((API_FOLDER / f"{name}.json").read_text(encoding="utf-8")), definitions)
     note = (NOTE_FOLDER / f"{name}.md").read_text(encoding="utf-8")
-    return canvas(name, graph, note, WORKFLOWS[name], definitions), graph
+    if name not in FOLDED:
+        graph = _completed(name, definitions)
+        return canvas(name, graph, note, WORKFLOWS[name], definitions), graph
+    held, graph, groups = _template(FOLDED[name], definitions)
+    known = {**definitions, **subgraphs.definition(held, graph, definitions)}
+    workflow = canvas(name, subgraphs.folded(graph, held), note, WORKFLOWS[name], known)
+    return subgraphs.with_subgraph(workflow, held, graph, groups, definitions), subgraphs.flattened(graph, held)
+
+
+def build_subgraph(name: str, definitions: Definitions) -> Json:
+    """Return the file of the subgraph of this name."""
+    return subgraphs.blueprint(*_template(name, definitions), definitions)
+
+
+def _completed(name: str, definitions: Definitions) -> Json:
+    return completed(json.loads((API_FOLDER / f"{name}.json").read_text(encoding="utf-8")), definitions)
+
+
+def _template(subgraph: str, definitions: Definitions) -> tuple[str, Json, dict[int, str]]:
+    """Return a subgraph's name, and the part of its template's graph and groups that it takes and holds."""
+    described = subgraphs.SUBGRAPHS[subgraph]
+    graph = _completed(described.template, definitions)
+    taken = {key: node for key, node in graph.items() if int(key) <= described.nodes[-1]}
+    groups = {first: title for first, title in WORKFLOWS[described.template].items() if first <= described.nodes[-1]}
+    return subgraph, taken, groups
+
+
+def write_stand_ins(base: Path) -> None:
+    """Write the files that the workflows name below a host's base directory: empty models, and the demo's clip.
+
+    Without them a newer front end marks the nodes that name them.
+    """
+    graphs = [json.loads(path.read_text(encoding="utf-8")) for path in API_FOLDER.glob("*.json")]
+    nodes = [node["inputs"] for graph in graphs for node in graph.values() if node["class_type"] == "TAV_LoadVideo"]
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    for name in {inputs["file"] for inputs in nodes}:
+        shutil.copy(ROOT / "demo" / DRAWN.file, base / "input" / name)
+    for folder, names in MODEL_FILES.items():
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (base / "models" / folder / name).touch()
 
 
 def main() -> None:
-    """Write workflows/*.json and complete workflows/api/*.json."""
+    """Write workflows/*.json and subgraphs/*.json, and complete workflows/api/*.json."""
     import engine
     from host_server import HostServer
 
@@ -347,8 +163,14 @@ def main() -> None:
         definitions = server.get("/object_info")
     for name in WORKFLOWS:
         for folder, content in zip((FOLDER, API_FOLDER), build(name, definitions), strict=True):
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+            _write(folder / f"{name}.json", content)
+    for name in subgraphs.SUBGRAPHS:
+        _write(SUBGRAPH_FOLDER / f"{name}.json", build_subgraph(name, definitions))
+
+
+def _write(path: Path, content: Json) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ def stoppable(node: str) -> Iterator[threading.Event]:
 def request_stop(node: str | None) -> list[str]:
     """Ask running tunings to end: one node's, or all for None. Returns the nodes that were asked.
 
-    ``node``: its number in its own graph. Within a subgraph the host puts the subgraph's number in front.
+    ``node``: its id as the host runs it, "12:3" for node 3 of the subgraph that node 12 shows. "12" also asks what runs
+    within that subgraph.
     """
     # A copy, because the server's thread runs this while nodes start and end.
     running = _running.copy()
-    asked = [name for name in running if node is None or node in (name, name.rpartition(":")[2])]
+    asked = [name for name in running if node is None or f"{name}:".startswith(f"{node}:")]
     for name in asked:
         running[name].set()
     return asked

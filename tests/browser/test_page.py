@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
-from host_server import HostServer, host_version
+from host_server import HostServer
+from page_actions import cancel, node_id, run, set_widgets, wait_until
 
 import workflows
 
@@ -24,92 +24,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.host]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "tune-a-video-demo-model"
-# Names that templates hold, by the folder that a user has such files in; here they hold nothing.
-STAND_INS = {
-    "checkpoints": (workflows.CHECKPOINT, workflows.DREAMBOOTH, workflows.OTHER_CHECKPOINT),
-    "loras": (workflows.LORA, workflows.CHARACTER_LORA),
-    "controlnet": (workflows.CONTROLNET, workflows.T2I_ADAPTER),
-    "clip_vision": (workflows.CLIP_VISION,),
-    "text_encoders": (workflows.CLIP_TEXT,),
-    "tav": (workflows.MOTION,),
-}
-SECONDS = 600
-# What lies over the graph, or is of no interest, in pictures that are kept.
-UNSEEN = ".minimap-main-container, .workflow-tabs-container { display: none !important }"
 # The page asks for a help page in its language first, and takes the plain one where there is none.
 EXPECTED = re.compile(r"^404 \S+/docs/TAV_\w+/[\w-]+\.md$")
-
-
-@pytest.fixture(scope="module")
-def server(comfyui: Path | None, exercised: list[str]) -> Iterator[HostServer]:
-    assert comfyui is not None
-    base = Path(tempfile.mkdtemp(prefix="tune-a-video-browser-"))
-    clip = ROOT / "demo" / workflows.DRAWN.file
-    try:
-        (base / "input").mkdir()
-        named = {value for path in workflows.API_FOLDER.glob("*.json") for value in files_of(path)}
-        for name in named:
-            shutil.copy(clip, base / "input" / name)
-        for folder, names in STAND_INS.items():
-            (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-            for name in names:
-                (base / "models" / folder / name).touch()
-        arguments = ["--preview-method", "latent2rgb"]
-        with HostServer(comfyui, base, {workflows.PACK: ROOT}, arguments=arguments, start_timeout=900) as running:
-            exercised.append(f"browser tests: the page of ComfyUI {host_version(comfyui)}")
-            yield running
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def files_of(path: Path) -> list[str]:
-    """The clips that a graph for scripts loads."""
-    nodes = json.loads(path.read_text(encoding="utf-8")).values()
-    return [node["inputs"]["file"] for node in nodes if node["class_type"] == "TAV_LoadVideo"]
-
-
-@pytest.fixture(scope="module")
-def complaints() -> list[str]:
-    """The page's console messages, and addresses that were not found."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def page(server: HostServer, complaints: list[str]) -> Iterator[Any]:
-    with browser.open_page(server.port) as opened:
-        opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on(
-            "response",
-            lambda answer: complaints.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None,
-        )
-        yield opened
-
-
-@pytest.fixture
-def shot(page: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
-    """Keeps a picture of the page, where pictures are asked for."""
-    folder = pytestconfig.option.screens
-
-    def take(name: str) -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            page.add_style_tag(content=UNSEEN)
-            page.screenshot(path=folder / f"{name}.jpg", type="jpeg", quality=80, timeout=browser.TIMEOUT)
-
-    return take
-
-
-def set_widgets(page: Any, values: dict[str, Any], node_type: str = "") -> None:
-    page.evaluate(
-        "([values, type]) => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])"
-        "if (widget.name in values && (!type || node.type === type)) widget.value = values[widget.name]; }",
-        [values, node_type],
-    )
-
-
-def wait_until(page: Any, condition: str, argument: Any = None) -> None:
-    page.wait_for_function(condition, arg=argument, timeout=SECONDS * 1000, polling=500)
 
 
 def load_demo(page: Any) -> None:
@@ -117,19 +33,6 @@ def load_demo(page: Any) -> None:
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     wait_until(page, "() => app.graph.nodes.some(n => n.type === 'TAV_OneShotTune')")
     page.evaluate("() => { tav.previews = []; tav.ends = []; }")
-
-
-def run(page: Any) -> None:
-    page.locator("[data-testid=queue-button]").first.click()
-
-
-def node_id(page: Any, node_type: str) -> str:
-    return str(page.evaluate("type => app.graph.nodes.find(n => n.type === type).id", node_type))
-
-
-def cancel(page: Any) -> None:
-    """The button beside Run."""
-    page.get_by_role("button", name=re.compile("cancel current run|interrupt", re.I)).first.click()
 
 
 def test_templates_open_from_the_template_browser(page: Any, shot: Callable[..., None]) -> None:
@@ -219,7 +122,7 @@ def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
     run(page)
     wait_until(page, seen, tune)
     assert "goes on after step" in server.log()
-    page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "Stop and keep"))
+    page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "stop"))
     page.get_by_text("its weights are kept").first.wait_for()
     shot("stopped")
     wait_until(page, "() => tav.ends.length")

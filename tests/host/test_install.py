@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tempfile
+import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -51,6 +53,18 @@ def unpack(target):
     archive.unlink()
 
 
+def offered_subgraphs(server, name):
+    """Names of the subgraphs that the host lists for the pack; None where it knows no subgraphs."""
+    try:
+        listed = server.get("/global_subgraphs")
+    except urllib.error.HTTPError as error:
+        assert error.code == 404
+        return None
+    ours = {key: each for key, each in listed.items() if each["info"]["node_pack"] == f"custom_nodes.{name}"}
+    assert all(json.loads(server.get(f"/global_subgraphs/{key}")["data"])["nodes"] for key in ours)
+    return {each["name"] for each in ours.values()}
+
+
 def demo_image():
     """A picture by the model that comes with the pack: needs its weights, and code beyond nodes/ and tav_core/."""
     graph = graphs.Graph()
@@ -75,6 +89,7 @@ def test_any_folder_name_and_no_traces(comfyui, name, install):
             ours = [node for node, info in definitions.items() if info["python_module"] == f"custom_nodes.{name}"]
             assert set(ours) == {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
             assert TEMPLATE in server.get("/workflow_templates")[name]
+            assert offered_subgraphs(server, name) in (None, {path.stem for path in (ROOT / "subgraphs").iterdir()})
             assert server.get("/i18n")["ko"]["nodeDefs"].keys() == set(ours)
             scripts = [path for path in server.get("/extensions") if urllib.parse.quote(name) in path]
             assert len(scripts) == len(list((ROOT / "web").rglob("*.js")))

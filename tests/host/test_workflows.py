@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import canvas
 import imageio_ffmpeg
 import pytest
 import tiny_checkpoint
@@ -114,14 +115,14 @@ def test_every_value_is_accepted_and_every_required_input_is_given(graph, defini
         definition = definitions[node["class_type"]]
         missing = definition["input"]["required"].keys() - node["inputs"].keys()
         refused += [f"{node['class_type']}.{name} is not given" for name in missing]
-        kinds = dict(workflows.widget_inputs(definition))
+        kinds = dict(canvas.widget_inputs(definition))
         for name, value in node["inputs"].items():
             if isinstance(value, list):
                 continue
-            if name not in kinds and name in workflows.ADDED_INPUTS.get(node["class_type"], {}):
+            if name not in kinds and name in canvas.ADDED_INPUTS.get(node["class_type"], {}):
                 continue  # for newer hosts
             checked += 1
-            if not accepted(value, kinds[name], workflows.widget_options(definition, name)):
+            if not accepted(value, kinds[name], canvas.widget_options(definition, name)):
                 refused.append(f"{node['class_type']}.{name} = {value!r}")
     assert refused == []
     assert checked > 20
@@ -153,12 +154,12 @@ def test_it_runs(server, graph, exercised, request):
 
 
 SCRIPT = workflows.ROOT / "tools" / "run_workflow.py"
-QUICK_START = workflows.API_FOLDER / "tune-a-video-quick-start.json"
+STEP_BY_STEP = workflows.API_FOLDER / "tune-a-video-step-by-step.json"
 
 
 def run_script(server, **changes):
     arguments = [f"--set={name}={value}" for name, value in changes.items()]
-    command = [sys.executable, SCRIPT, QUICK_START, "--server", f"127.0.0.1:{server.port}", *arguments]
+    command = [sys.executable, SCRIPT, STEP_BY_STEP, "--server", f"127.0.0.1:{server.port}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
