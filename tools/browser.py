@@ -89,8 +89,8 @@ def close_dialogs(page: Page) -> None:
 def widget_point(page: Page, node_type: str, widget: str) -> tuple[float, float]:
     """Bring the first node of a type or title into view and return the middle of one of its widgets, in page pixels."""
     page.evaluate(
-        "type => { const node = app.canvas.graph.nodes.find(n => [n.type, n.title].includes(type)); app.canvas.ds.scale = 1;"
-        "app.canvas.centerOnNode(node); app.canvas.setDirty(true, true); }",
+        "type => { const node = app.canvas.graph.nodes.find(n => [n.type, n.title].includes(type));"
+        "app.canvas.ds.scale = 1; app.canvas.centerOnNode(node); app.canvas.setDirty(true, true); }",
         node_type,
     )
     page.wait_for_timeout(1500)

@@ -7,7 +7,7 @@ template, so that unpacking it gives that template's graph.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from canvas import CORE_VERSION, Columns, Definitions, Json, columns, widget_inputs, widget_options
@@ -29,7 +29,7 @@ class Subgraph(NamedTuple):
     """
 
     template: str
-    nodes: range
+    nodes: Sequence[int]
     description: str
     search: tuple[str, ...]
     widgets: Mapping[str, tuple[str, ...]]
@@ -39,7 +39,7 @@ class Subgraph(NamedTuple):
 
 
 _CLIP = {name: (f"3.{name}",) for name in ("file", "frame_count", "width", "height")}
-# web/js/preview.js gives it to the nodes that show pictures.
+# web/js/subgraph.js gives it to the nodes that show pictures.
 _PICTURE = "$$tav-preview"
 SUBGRAPHS = {
     "Edit a Video (Tune-A-Video)": Subgraph(
@@ -51,7 +51,7 @@ SUBGRAPHS = {
         ("tav", "tune a video", "edit video", "video to video", "video edit by prompt"),
         {
             **_CLIP,
-            "clip_sentence": ("5.text", "8.source"),
+            "clip_sentence": ("8.source", "5.text"),
             "new_sentence": ("8.edit",),
             "preset": ("9.preset",),
             "strength": ("9.strength",),
@@ -63,7 +63,8 @@ SUBGRAPHS = {
     ),
     "Learn a Motion (Tune-A-Video)": Subgraph(
         "tune-a-video-step-by-step",
-        range(3, 9),
+        # Without the picture of the loss: the page would show an empty one on the subgraph's node before the first run.
+        (3, 4, 5, 6, 8),
         "Tunes a Stable Diffusion checkpoint on one clip and saves what it learnt as a motion file in models/tav, for "
         "Apply a Motion. Connect model, clip and vae of Load Checkpoint, choose a video and say what it shows.",
         ("tav", "tune a video", "train on video", "one-shot video tuning"),
@@ -301,8 +302,10 @@ def _groups_inside(subgraph: Subgraph, groups: Mapping[int, str]) -> dict[int, s
     """Return the template's groups that frame nodes of the subgraph, by the first of these."""
     starts = sorted(groups)
     ends = [*starts[1:], subgraph.nodes[-1] + 1]
-    framed = {first: range(max(first, subgraph.nodes[0]), end) for first, end in zip(starts, ends, strict=True)}
-    return {held[0]: groups[first] for first, held in framed.items() if held and held[0] in subgraph.nodes}
+    framed = {
+        first: [node for node in subgraph.nodes if first <= node < end] for first, end in zip(starts, ends, strict=True)
+    }
+    return {held[0]: groups[first] for first, held in framed.items() if held}
 
 
 def _slot(node: Json, each: str) -> int:

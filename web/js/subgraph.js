@@ -1,7 +1,21 @@
-// The newest picture of the nodes in a subgraph, on the subgraph's node: the previews of a run, then its video. The page
-// itself shows a promoted preview once there is one and "Disconnected" until then. This widget is always there, and
-// takes no room on its own node, nor where there is no picture.
+// What a node shows on the node of a subgraph that holds it: tooltips of its widgets, and the newest picture of a run.
 import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+// The page knows tooltips by the type of the node, and a subgraph's node has a type of its own.
+let translations = {};
+
+function explain(node) {
+    const language = String(app.ui.settings.getSettingValue("Comfy.Locale") ?? "en").split("-")[0];
+    const translated = translations[language]?.nodeDefs?.[node.comfyClass]?.inputs ?? {};
+    const { required, optional } = node.constructor.nodeData?.input ?? {};
+    const specified = { ...required, ...optional };
+    for (const widget of node.widgets ?? [])
+        widget.tooltip ??= translated[widget.name]?.tooltip ?? specified[widget.name]?.[1]?.tooltip;
+}
+
+// The previews of a run, then its video. The page itself shows a promoted preview once there is one and "Disconnected"
+// until then. This widget is always there, and takes no room on its own node, nor where there is no picture.
 
 const VIDEOS = ["TAV_SaveVideo", "TAV_CompareVideos"];
 const SHOWING = ["TAV_OneShotTune", "TAV_DDIMInvert", "TAV_Sample", ...VIDEOS];
@@ -47,8 +61,12 @@ function draw(node, context, width, top) {
 }
 
 app.registerExtension({
-    name: "TuneAVideo.Preview",
+    name: "TuneAVideo.Subgraph",
+    async init() {
+        translations = await (await api.fetchApi("/i18n")).json();
+    },
     nodeCreated(node) {
+        if (node.comfyClass?.startsWith("TAV_")) explain(node);
         if (!SHOWING.includes(node.comfyClass)) return;
         // Within a subgraph Nodes 2.0 takes pictures of an unknown kind for images.
         if (VIDEOS.includes(node.comfyClass)) node.previewMediaType = "video";
