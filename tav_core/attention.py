@@ -24,7 +24,7 @@ SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 # Frames of a shuffled group.
 GROUP = 4
 
-# CUDA's fused attention kernels put batch * heads on a grid axis of 65535 blocks.
+# CUDA's fused attention kernels put the batch on one grid axis of 65535 blocks, and the heads on another.
 _MAX_FUSED_ROWS = 65535
 # Scores that attention without a fused kernel holds at a time; it has up to three tensors of this size.
 SLICE_BYTES = 64 * 2**20
@@ -89,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _fused_rows(device: torch.device) -> int:
-    """Return the largest batch * heads that one call of fused attention takes."""
+    """Return the largest batch that one call of fused attention takes."""
     return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
 
 
@@ -164,14 +164,21 @@ def _float(x: Tensor) -> Tensor:
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
     """Full, unmasked attention over the frames of each pixel, without positional encoding.
 
-    q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``.
+    q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``. The kernels read each
+    video where it lies; rows of all videos together would first have to be copied into their order.
     """
-    layout = {"frames": frames, "n": q.shape[1], "heads": heads}
-    q, k, v = (rearrange(x, "(chunks frames) n (heads d) -> (chunks n) heads frames d", **layout) for x in (q, k, v))
-    step = _fused_rows(q.device) // heads
+    videos = zip(q.split(frames), k.split(frames), v.split(frames), strict=True)
+    out = [_attend_over_frames(*video, heads) for video in videos]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _attend_over_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attend over the frames of one video; q, k, v [frames, n, c]."""
+    q, k, v = (rearrange(x, "frames n (heads d) -> n heads frames d", heads=heads) for x in (q, k, v))
+    step = _fused_rows(q.device)
     if len(q) > step:
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
         out = torch.cat([_fused(*part) for part in parts])
     else:
         out = _fused(q, k, v)
-    return rearrange(out, "(chunks n) heads frames d -> (chunks frames) n (heads d)", **layout)
+    return rearrange(out, "n heads frames d -> frames n (heads d)")

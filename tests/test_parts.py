@@ -88,18 +88,19 @@ def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch
     frames, n, heads = 3, 5, 2
     q, k, v = (torch.randn(2 * frames, n, 8) for _ in range(3))
     whole = temporal_attend(q, k, v, heads, frames)
-    fused, calls = F.scaled_dot_product_attention, []
+    fused, calls, given = F.scaled_dot_product_attention, [], [t.untyped_storage().data_ptr() for t in (q, k, v)]
 
     def spy(*tensors: Tensor) -> Tensor:
-        calls.append([len(tensor) * heads for tensor in tensors])
+        calls.append([len(tensor) for tensor in tensors])
+        assert all(tensor.untyped_storage().data_ptr() in given for tensor in tensors), "copied"
         return fused(*tensors)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     assert torch.equal(temporal_attend(q, k, v, heads, frames), whole)
-    assert calls == [[20, 20, 20]]
-    monkeypatch.setattr(attention, "_fused_rows", lambda device: 7)
+    assert calls == [[n] * 3] * 2
+    monkeypatch.setattr(attention, "_fused_rows", lambda device: 3)
     torch.testing.assert_close(temporal_attend(q, k, v, heads, frames), whole)
-    assert calls[1:] == [[6, 6, 6]] * 3 + [[2, 2, 2]]
+    assert calls[2:] == [[3] * 3, [2] * 3] * 2
 
 
 def test_a_grid_of_cuda_has_so_many_blocks() -> None:
