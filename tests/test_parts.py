@@ -108,6 +108,46 @@ def test_a_grid_of_cuda_has_so_many_blocks() -> None:
     assert attention._fused_rows(torch.device("cpu")) > 2**40
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_gathering_the_first_and_the_previous_frame_is_differentiable(frames: int, first: bool) -> None:
+    tokens = torch.randn(2 * frames * 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    anchor = torch.randn(2, 1, 3, 4, 2, dtype=torch.float64, requires_grad=True) if first else None
+
+    def gather(tokens: Tensor, anchor: Tensor | None) -> Tensor:
+        return attention.gather_frames(tokens, frames, 2, "sparse-causal", anchor)
+
+    assert torch.autograd.gradcheck(gather, (tokens, anchor))
+    gathered = gather(tokens, anchor)
+    assert gathered.untyped_storage().nbytes() == gathered.nbytes == 2 * tokens.nbytes
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_no_frame_is_attended_to_twice(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, tiles, n = 2, 3, 5
+    q, k, v = (torch.randn(chunks * frames * tiles, n, 8) for _ in "qkv")
+    gathered = (attention.gather_frames(t, frames, chunks, "sparse-causal") for t in (k, v))
+    expected, keys = attend(q, *gathered, HEADS), []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append((len(q), k.shape[1] // n))
+        return attend(q, k, v, HEADS)
+
+    def run() -> Tensor:
+        keys.clear()
+        return attention.sparse_causal_attend(q, k, v, frames, chunks, spy)
+
+    whole = [(len(q), 2)]
+    with torch.no_grad():
+        assert torch.equal(run(), expected) and keys == whole, "too few tokens"
+    monkeypatch.setattr(attention, "_TOKENS_APART", n)
+    assert torch.equal(run(), expected) and keys == whole, "a tuning has to repeat bit by bit"
+    with torch.no_grad():
+        torch.testing.assert_close(run(), expected)
+        apart = [(chunks * tiles * 2, 1), (chunks * tiles * (frames - 2), 2)]
+        assert keys == (apart if frames > 2 else whole)
+
+
 # --- temporal layers -------------------------------------------------------------------------------
 
 
