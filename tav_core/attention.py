@@ -7,7 +7,7 @@ A pack that tiles attention (HyperTile) adds a third, innermost factor; see ``ga
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,8 +24,10 @@ SPATIAL_MODES: tuple[SpatialMode, ...] = get_args(SpatialMode)
 # Frames of a shuffled group.
 GROUP = 4
 
-# CUDA's fused attention kernels put batch * heads on a grid axis of 65535 blocks.
+# CUDA's fused attention kernels put the batch on one grid axis of 65535 blocks, and the heads on another.
 _MAX_FUSED_ROWS = 65535
+# Taking frames 0 and 1 apart costs more than it saves in frames of fewer tokens.
+_TOKENS_APART = 1024
 # Scores that attention without a fused kernel holds at a time; it has up to three tensors of this size.
 SLICE_BYTES = 64 * 2**20
 
@@ -55,13 +57,56 @@ def gather_frames(
         return torch.cat([tokens, others], dim=1)
     first = x[:, :1] if first is None else first
     if mode == "sparse-causal":
-        previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)
-        x = torch.cat([first.expand_as(previous), previous], dim=3)
+        x = _FirstAndPrevious.apply(x, first)
     elif mode == "first frame only":
         x = first.expand(-1, frames, -1, -1, -1)
     else:
         x = rearrange(x, "chunks frames tiles n c -> chunks 1 tiles (frames n) c").expand(-1, frames, -1, -1, -1)
     return rearrange(x, "chunks frames tiles n c -> (chunks frames tiles) n c")
+
+
+def sparse_causal_attend(
+    q: Tensor, k: Tensor, v: Tensor, frames: int, chunks: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return ``attend(q, gathered k, gathered v)`` for "sparse-causal", and see no frame twice where that is faster.
+
+    The first and the previous frame of frames 0 and 1 are both frame 0. Attending to a frame twice gives what attending
+    to it once gives, but for rounding; so it is done without gradients alone, where no run has to be repeated bit by
+    bit. q, k, v [chunks * frames * tiles, n, c].
+    """
+    if torch.is_grad_enabled() or frames <= 2 or k.shape[1] < _TOKENS_APART:
+        k, v = (gather_frames(t, frames, chunks, "sparse-causal") for t in (k, v))
+        return attend(q, k, v)
+    q, k, v = (by_frame(t, frames, chunks) for t in (q, k, v))
+    both = (t[:, :1].expand(-1, 2, -1, -1, -1) for t in (k, v))
+    others = (torch.cat([t[:, :1].expand(-1, frames - 2, -1, -1, -1), t[:, 1:-1]], dim=3) for t in (k, v))
+    parts = (q[:, :2], *both), (q[:, 2:], *others)
+    out = [attend(*(t.flatten(0, 2) for t in part)).unflatten(0, (chunks, -1)) for part in parts]
+    return torch.cat(out, dim=1).flatten(0, 1)
+
+
+class _FirstAndPrevious(torch.autograd.Function):
+    """Lay the first and the previous frame of tokens [chunks, frames, tiles, n, c] side by side, written once.
+
+    Two concatenations would write them twice, and so would their backward passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor) -> Tensor:
+        n = x.shape[3]
+        out = x.new_empty(*x.shape[:3], 2 * n, x.shape[4])
+        out[:, :, :, :n] = first
+        out[:, :1, :, n:] = x[:, :1]
+        out[:, 1:, :, n:] = x[:, :-1]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        to_first, to_previous = grad.chunk(2, dim=3)
+        dx = torch.zeros(to_previous.shape, dtype=grad.dtype, device=grad.device)
+        dx[:, :-1] = to_previous[:, 1:]
+        dx[:, 0] += to_previous[:, 0]
+        return dx, to_first.sum(1, keepdim=True)
 
 
 def shuffled_groups(frames: int, seed: int) -> Tensor:
@@ -89,7 +134,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _fused_rows(device: torch.device) -> int:
-    """Return the largest batch * heads that one call of fused attention takes."""
+    """Return the largest batch that one call of fused attention takes."""
     return _MAX_FUSED_ROWS if device.type == "cuda" else sys.maxsize
 
 
@@ -164,14 +209,21 @@ def _float(x: Tensor) -> Tensor:
 def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) -> Tensor:
     """Full, unmasked attention over the frames of each pixel, without positional encoding.
 
-    q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``.
+    q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``. The kernels read each
+    video where it lies; rows of all videos together would first have to be copied into their order.
     """
-    layout = {"frames": frames, "n": q.shape[1], "heads": heads}
-    q, k, v = (rearrange(x, "(chunks frames) n (heads d) -> (chunks n) heads frames d", **layout) for x in (q, k, v))
-    step = _fused_rows(q.device) // heads
+    videos = zip(q.split(frames), k.split(frames), v.split(frames), strict=True)
+    out = [_attend_over_frames(*video, heads) for video in videos]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _attend_over_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attend over the frames of one video; q, k, v [frames, n, c]."""
+    q, k, v = (rearrange(x, "frames n (heads d) -> n heads frames d", heads=heads) for x in (q, k, v))
+    step = _fused_rows(q.device)
     if len(q) > step:
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
         out = torch.cat([_fused(*part) for part in parts])
     else:
         out = _fused(q, k, v)
-    return rearrange(out, "(chunks n) heads frames d -> (chunks frames) n (heads d)", **layout)
+    return rearrange(out, "n heads frames d -> frames n (heads d)")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention import SpatialMode, by_frame, gather_frames
+from .attention import SpatialMode, by_frame, gather_frames, sparse_causal_attend
 from .norm import pooled_group_norm
 from .temporal import TemporalLayer
 from .unet import Parts
@@ -121,9 +121,13 @@ def _spatial_attention(path: str, attn: Any, mode: SpatialMode, evaluation: Eval
         k, v = attn.to_k(context), attn.to_v(value)
         q = attn.to_q(x)
 
+        def attend_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return backend.attend(q, k, v, attn.heads, attn_precision=attn.attn_precision, **options)
+
         def attend(q: Tensor, k: Tensor, name: str) -> Tensor:
-            gathered = gather(name, k), gather("v", v)
-            return backend.attend(q, *gathered, attn.heads, attn_precision=attn.attn_precision, **options)
+            if mode == "sparse-causal" and evaluation.first_frame is None:
+                return sparse_causal_attend(q, k, v, evaluation.layout.frames, evaluation.layout.chunks, attend_to)
+            return attend_to(q, gather(name, k), gather("v", v))
 
         control = evaluation.control
         return attn.to_out(attend(q, k, "k") if control is None else control.self_attention(path, q, k, attend))

@@ -88,23 +88,64 @@ def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch
     frames, n, heads = 3, 5, 2
     q, k, v = (torch.randn(2 * frames, n, 8) for _ in range(3))
     whole = temporal_attend(q, k, v, heads, frames)
-    fused, calls = F.scaled_dot_product_attention, []
+    fused, calls, given = F.scaled_dot_product_attention, [], [t.untyped_storage().data_ptr() for t in (q, k, v)]
 
     def spy(*tensors: Tensor) -> Tensor:
-        calls.append([len(tensor) * heads for tensor in tensors])
+        calls.append([len(tensor) for tensor in tensors])
+        assert all(tensor.untyped_storage().data_ptr() in given for tensor in tensors), "copied"
         return fused(*tensors)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     assert torch.equal(temporal_attend(q, k, v, heads, frames), whole)
-    assert calls == [[20, 20, 20]]
-    monkeypatch.setattr(attention, "_fused_rows", lambda device: 7)
+    assert calls == [[n] * 3] * 2
+    monkeypatch.setattr(attention, "_fused_rows", lambda device: 3)
     torch.testing.assert_close(temporal_attend(q, k, v, heads, frames), whole)
-    assert calls[1:] == [[6, 6, 6]] * 3 + [[2, 2, 2]]
+    assert calls[2:] == [[3] * 3, [2] * 3] * 2
 
 
 def test_a_grid_of_cuda_has_so_many_blocks() -> None:
     assert attention._fused_rows(torch.device("cuda", 1)) == 65535
     assert attention._fused_rows(torch.device("cpu")) > 2**40
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_gathering_the_first_and_the_previous_frame_is_differentiable(frames: int, first: bool) -> None:
+    tokens = torch.randn(2 * frames * 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    anchor = torch.randn(2, 1, 3, 4, 2, dtype=torch.float64, requires_grad=True) if first else None
+
+    def gather(tokens: Tensor, anchor: Tensor | None) -> Tensor:
+        return attention.gather_frames(tokens, frames, 2, "sparse-causal", anchor)
+
+    assert torch.autograd.gradcheck(gather, (tokens, anchor))
+    gathered = gather(tokens, anchor)
+    assert gathered.untyped_storage().nbytes() == gathered.nbytes == 2 * tokens.nbytes
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_no_frame_is_attended_to_twice(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, tiles, n = 2, 3, 5
+    q, k, v = (torch.randn(chunks * frames * tiles, n, 8) for _ in "qkv")
+    gathered = (attention.gather_frames(t, frames, chunks, "sparse-causal") for t in (k, v))
+    expected, keys = attend(q, *gathered, HEADS), []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append((len(q), k.shape[1] // n))
+        return attend(q, k, v, HEADS)
+
+    def run() -> Tensor:
+        keys.clear()
+        return attention.sparse_causal_attend(q, k, v, frames, chunks, spy)
+
+    whole = [(len(q), 2)]
+    with torch.no_grad():
+        assert torch.equal(run(), expected) and keys == whole, "too few tokens"
+    monkeypatch.setattr(attention, "_TOKENS_APART", n)
+    assert torch.equal(run(), expected) and keys == whole, "a tuning has to repeat bit by bit"
+    with torch.no_grad():
+        torch.testing.assert_close(run(), expected)
+        apart = [(chunks * tiles * 2, 1), (chunks * tiles * (frames - 2), 2)]
+        assert keys == (apart if frames > 2 else whole)
 
 
 # --- temporal layers -------------------------------------------------------------------------------
