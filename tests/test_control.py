@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_base
 import pytest
 import torch
+from hints import controlnet, t2i_adapter
 from torch import Tensor
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.control.settings import LAYERS, PRESETS, Control, at_strength
@@ -187,11 +188,12 @@ def test_guidance_1_leaves_the_negative_out(edit: Edit) -> None:
     assert torch.isfinite(one).all() and torch.equal(one, edit.run(control, 1.0, negative=edit.source))
 
 
-def windowed(model: Any, length: int, overlap: int = 0) -> Any:
+def windowed(model: Any, length: int, shift: int = 0) -> Any:
+    """The same MODEL, which sees so many frames at a time; ``shift``: of the windows, which are looped then."""
     from comfy import context_windows
 
     def schedule(count: int, handler: Any, model_options: Any) -> list[list[int]]:
-        return [list(range(start, min(start + length, count))) for start in range(0, count, length - overlap)]
+        return [[(start + shift + n) % count for n in range(length)] for start in range(0, count, length)]
 
     clone = model.clone()
     clone.model_options["context_handler"] = context_windows.IndexListContextHandler(
@@ -208,7 +210,30 @@ def test_in_context_windows_the_trajectory_follows_its_window() -> None:
         edit = Edit()
         edit.model = host.inflate_model(edit.model, Inflation("per frame", pool_group_norm=False))
         for control in (replace(EVERYTHING, mask=MASK), replace(EVERYTHING, proximal=0.0)):
-            assert off(edit.run(control, model=windowed(edit.model, 2)), edit.run(control)) < 1e-4
+            whole = edit.run(control)
+            for shift in (0, 3):
+                assert off(edit.run(control, model=windowed(edit.model, 2, shift)), whole) < 1e-4
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_in_context_windows_hints_and_masks_of_clip_and_edit_follow(shared: bool) -> None:
+    """The clip's prompt and the edit's, with the same ControlNet or one each, and a mask for each frame."""
+    masks = torch.linspace(0.2, 1, FRAMES)[:, None, None].expand(-1, HEIGHT, WIDTH)
+    with torch.inference_mode():
+        edit = Edit()
+        edit.model = host.inflate_model(edit.model, Inflation("per frame", pool_group_norm=False))
+        net = controlnet(FRAMES)
+        hinted = [[edit.source[0][0], {**edit.source[0][1], "control": net, "mask": masks}]]
+        trajectory = replace(edit.trajectory, conditioning=hinted)
+        theirs = net if shared else controlnet(FRAMES, previous=t2i_adapter(2))
+        positive = [[edit.positive[0][0], {**edit.positive[0][1], "control": theirs}]]
+        control = replace(EVERYTHING, mask=torch.linspace(0, 1, FRAMES)[:, None, None].expand(-1, HEIGHT, WIDTH))
+        whole = edit.run(control, positive=positive, trajectory=trajectory)
+        without = edit.run(control, positive=positive)
+        assert off(without, whole) > 1e-3
+        for shift in (0, 3):
+            model = windowed(edit.model, 2, shift)
+            assert off(edit.run(control, positive=positive, trajectory=trajectory, model=model), whole) < 1e-4
 
 
 def test_a_mask_is_found_and_handed_out(any_edit: Edit) -> None:

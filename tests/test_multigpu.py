@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_patcher
@@ -81,7 +80,7 @@ def test_what_runs_are_the_layers_beside_the_model_that_runs(motion: Motion) -> 
 
 def options(cache: FirstFrameCache | None, indices: list[int]) -> dict[str, Any]:
     found = {
-        "context_window": SimpleNamespace(index_list=indices),
+        "ad_params": {"sub_idxs": indices},
         "sample_sigmas": torch.ones(3),  # made anew for each call
         "uuids": ["a"],
         "cond_or_uncond": [0],

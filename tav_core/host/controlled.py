@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -17,6 +18,7 @@ from ..control.run import ControlledRun
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
+from .windows import hints_in_window, window_frames
 
 _KEY = "tune-a-video control"
 # The name of the clip's sentence among a guider's conditionings.
@@ -122,7 +124,9 @@ def _calc_cond_batch(
     step, clip = transformer_options.get(_KEY) or (None, None)
     if step is None:
         return executor(model, conds, x, timestep, model_options, *rest)
-    frames, latent = _window(step, x, transformer_options)
+    window = window_frames(transformer_options)
+    frames = tuple(range(len(step.latent)) if window is None else window)
+    latent = step.latent if window is None else step.latent[window]
     if latent.shape != x.shape:
         return executor(model, conds, x, timestep, model_options, *rest)
 
@@ -134,16 +138,9 @@ def _calc_cond_batch(
         step.kept.clear()
         step.kept_frames = frames
         source = _in_window(clip, step, transformer_options, model_options)
-        executor(model, [source], latent, timestep, options(True), *rest)
+        with hints_in_window([source], frames, besides=conds) if window is not None else nullcontext():
+            executor(model, [source], latent, timestep, options(True), *rest)
     return executor(model, conds, x, timestep, options(False), *rest)
-
-
-def _window(step: Step, x: Tensor, transformer_options: Mapping[str, Any]) -> tuple[tuple[int, ...], Tensor]:
-    """Return the clip's frames that a call looks at, and its latent of them."""
-    whole, window = torch.arange(len(step.latent)), transformer_options.get("context_window")
-    if window is None or len(x) == len(whole):
-        return tuple(whole.tolist()), step.latent
-    return tuple(window.get_tensor(whole, dim=0).tolist()), window.get_tensor(step.latent, x.device)
 
 
 def _in_window(clip: Any, step: Step, transformer_options: Mapping[str, Any], model_options: Mapping[str, Any]) -> Any:

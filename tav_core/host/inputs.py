@@ -77,14 +77,6 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"it holds {embedding.shape[0]} text embeddings for {frames} frames",
                 "Give one prompt for all frames, or one per frame.",
             )
-    length = getattr(model.model_options.get("context_handler"), "context_length", frames)
-    if length < frames and any(_hints(options.get("control")) > 1 for _, options in conditioning):
-        raise Refusal(
-            name,
-            f"it has a ControlNet with a hint for each frame, and the model looks at {length} of {frames} frames at a "
-            "time. ComfyUI would give each window the hints of the first",
-            "Use one hint for all frames, or remove the context windows.",
-        )
 
 
 def warn_of_small_clip(model: ModelPatcher, samples: Tensor) -> None:
@@ -129,16 +121,6 @@ def left_out_of_tuning(model: ModelPatcher, conditioning: Conditioning) -> list[
         "UNet wrapper": model.model_options.get("model_function_wrapper") is not None,
     }
     return [name for name, present in found.items() if present]
-
-
-def _hints(control: Any) -> int:
-    """Return the largest number of hints of a ControlNet and those chained before it; 0 for none."""
-    most = 0
-    while control is not None:
-        hint = getattr(control, "cond_hint_original", None)
-        most = max(most, 0 if hint is None else hint.shape[0])
-        control = getattr(control, "previous_controlnet", None)
-    return most
 
 
 def check_prediction(model: ModelPatcher, samples: Tensor) -> Tensor:

@@ -102,6 +102,25 @@ def inflate(graph: Graph, model: Link, **changes: Any) -> Link:
     return graph.add("TAV_InflateUNet", model=model, **(inputs | changes))[0]
 
 
+def context_windows(graph: Graph, model: Link, schedule: str = "standard_static") -> Link:
+    """The stock node: the model sees two frames at a time, in windows that overlap by one."""
+    inputs = {
+        "context_length": 2,
+        "context_overlap": 1,
+        "context_schedule": schedule,
+        "context_stride": 1,
+        "closed_loop": False,
+        "fuse_method": "pyramid",
+        "dim": 0,
+        "freenoise": False,
+        "cond_retain_index_list": "",
+        "split_conds_to_windows": False,
+        "latent_retain_index_list": "",
+        "causal_window_fix": True,
+    }
+    return graph.add("ContextWindowsManual", model=model, **inputs)[0]
+
+
 def tune(graph: Graph, model: Link, latent: Link, conditioning: Link, **changes: Any) -> Node:
     """TAV_OneShotTune, three steps with a learning rate that leaves a clear mark."""
     inputs = {

@@ -13,6 +13,7 @@ from graphs import (
     Graph,
     checkpoint,
     clip_latent,
+    context_windows,
     inflate,
     random_hints,
     relative_error,
@@ -137,22 +138,7 @@ def test_what_it_chains_with(server, motion_file):
     )[0]
     late = graph.add("ConditioningSetTimestepRange", conditioning=edit.positive, start=0.0, end=0.5)[0]
     both = graph.add("ConditioningCombine", conditioning_1=edit.positive, conditioning_2=late)[0]
-    windows = graph.add(
-        "ContextWindowsManual",
-        model=edit.model,
-        context_length=2,
-        context_overlap=1,
-        context_schedule="standard_static",
-        context_stride=1,
-        closed_loop=False,
-        fuse_method="pyramid",
-        dim=0,
-        freenoise=False,
-        cond_retain_index_list="",
-        split_conds_to_windows=False,
-        latent_retain_index_list="",
-        causal_window_fix=True,
-    )[0]
+    windows = context_windows(graph, edit.model)
     separate = graph.add("ProbeSeparateConds", model=edit.model)[0]
     clip, plain, *others = server.latents(
         graph,
@@ -163,6 +149,7 @@ def test_what_it_chains_with(server, motion_file):
         edit.video(control, positive=area),
         edit.video(control, positive=both),
         edit.video(control, model=windows),
+        edit.video(control, model=windows, positive=hinted[0], negative=hinted[1]),
         edit.video(control, model=separate),
     )
     assert relative_error(others.pop(), plain) < 1e-4

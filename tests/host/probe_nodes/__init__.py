@@ -37,6 +37,22 @@ class ProbeHints:
         return (torch.stack(hints),)
 
 
+class ProbeFramePrompts:
+    """A prompt with an embedding for each frame, as packs that schedule prompts by the frame make them."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "count": ("INT",)}}
+
+    def run(self, conditioning, count):
+        strengths = torch.linspace(0.2, 1.8, count)[:, None, None]
+        return ([[embedding * strengths, dict(options)] for embedding, options in conditioning],)
+
+
 class ProbeSeparateConds:
     """The model as a host that is short of memory runs it: one conditioning at a time."""
 
@@ -245,6 +261,6 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         ProbeHints, ProbeSeparateConds, ProbeRecord, ProbeImagePrompt, ProbeOffloaded, ProbeConditioning, ProbeLatent,
-        ProbeSDXL,
+        ProbeSDXL, ProbeFramePrompts,
     )
 }  # fmt: skip
