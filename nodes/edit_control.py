@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tav_core import host
+from ..tav_core.control.blend import frame_masks
 from ..tav_core.control.settings import LAYERS, PRESETS, Control, at_strength
 from ..tav_core.media.pictures import shaded
 from ..tav_core.pipeline import controlled, guider
@@ -163,7 +164,14 @@ class EditGuider(io.ComfyNode):
                     tooltip="Classifier-free guidance scale.",
                 ),
             ],
-            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[
+                io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="Where the clip may change, a frame each, of the latent's size: given or found. Without "
+                    "any it is 1 everywhere.",
+                ),
+            ],
         )
 
     @classmethod
@@ -178,7 +186,8 @@ class EditGuider(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))
         run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive)
-        return io.NodeOutput(guider(model, positive, negative, guidance, run))
+        made = guider(model, positive, negative, guidance, run)
+        return io.NodeOutput(made, frame_masks(run.mask, samples))
 
 
 class ShowMask(io.ComfyNode):

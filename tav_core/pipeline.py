@@ -163,7 +163,7 @@ def controlled(
     latent: Tensor,
     positive: host.Conditioning,
 ) -> ControlledRun:
-    """Return the ``control`` of ``sample``: what an edit keeps of the clip; its ``mask`` is known after the sampling.
+    """Return the ``control`` of ``sample``: what an edit keeps of the clip; its ``mask`` is known afterwards.
 
     ``trajectory``: of ``invert_and_keep``, for the inverted ``latent``. ``positive``: the edit's sentence; from Edit
     Prompt it knows its words. Raises Refusal for inputs that do not belong together.
@@ -179,8 +179,10 @@ def guider(
     guidance: float,
     control: ControlledRun,
 ) -> Any:
-    """Return ComfyUI's GUIDER for ``control``, so that any sampler can run it."""
-    return host.controlled_guider(_inflated(model), (positive, negative), guidance, control)
+    """Return ComfyUI's GUIDER for ``control``, so that any sampler can run it; the ``mask`` of it is known then."""
+    made = host.controlled_guider(_inflated(model), (positive, negative), guidance, control)
+    host.find_mask(made, control)
+    return made
 
 
 def _inflated(model: host.ModelPatcher) -> host.ModelPatcher:

@@ -245,7 +245,7 @@ def test_a_mask_is_found_and_handed_out(any_edit: Edit) -> None:
         assert mask is not None and mask.shape == (FRAMES, 1, HEIGHT, WIDTH) and 0 < mask.mean() < 1
         outside = (mask == 0).expand_as(CLIP)
         assert torch.equal(edited[outside], CLIP[outside])
-        # A second sampling starts from nothing and finds the same.
+        # It serves a second sampling.
         assert torch.equal(
             edited,
             sample(any_edit.model, any_edit.noise, any_edit.positive, any_edit.negative, STEPS, 3.0, control=run),
@@ -276,14 +276,14 @@ def test_a_step_keeps_the_clips_queries_and_keys_of_one_window_only(edit: Edit) 
     with torch.inference_mode():
         run = controlled(edit.model, EVERYTHING, edit.trajectory, edit.noise, edit.positive)
         sizes: list[int] = []
-        begin, end = run.begin, run.end
+        end = run.end
 
         def ended() -> None:
             if run._now is not None and run._now[1].kept:
                 sizes.append(sum(kept.nbytes for kept in run._now[1].kept.values()))
             end()
 
-        run.begin, run.end = begin, ended  # type: ignore[method-assign]
+        run.end = ended  # type: ignore[method-assign]
         sample(edit.model, edit.noise, edit.positive, edit.negative, STEPS, 3.0, control=run)
         assert run._now is None and sizes == []
 

@@ -135,7 +135,7 @@ def test_a_guider_samples_what_the_node_samples(demo: Any, latent: dict[str, Any
     from tune_a_video.tav_core import schedule
 
     _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
-    guider = out(pack_nodes.EditGuider.execute(demo[0], positive, negative, latent, PRESETS["object"], 5.0))[0]
+    guider, mask = out(pack_nodes.EditGuider.execute(demo[0], positive, negative, latent, PRESETS["object"], 5.0))
     sigmas = schedule.sampling_sigmas(host.sigma_table(demo[0]), STEPS, "zero")
     start, euler = latent["samples"], comfy.samplers.sampler_object("euler")
     results = [
@@ -145,9 +145,24 @@ def test_a_guider_samples_what_the_node_samples(demo: Any, latent: dict[str, Any
         demo[0], positive, negative, latent, STEPS, 5.0, 0.0, 0, "zero", control=PRESETS["object"]
     )
     for result in results:
-        # TAV Sample puts the clip back once more at the end, with the mask of the last step.
-        assert float((result - out(node)[0]["samples"]).norm() / result.norm()) < 0.05
+        assert float((result - out(node)[0]["samples"]).norm() / result.norm()) < 1e-5
     assert torch.equal(*results)
+    # The mask is known before the sampling, and is the one that TAV Sample finds.
+    assert torch.equal(mask, out(node)[1]) and 0 < mask.mean() < 1
+    outside = (mask[:, None] == 0).expand_as(CLIP)
+    assert torch.equal(results[0][outside], CLIP[outside])
+
+
+def test_a_guider_hands_a_given_mask_out(demo: Any, latent: dict[str, Any]) -> None:
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    given = torch.zeros(1, 64, 64)
+    given[..., 20:36] = 1
+    for control, columns in (({"mask": given}, slice(2, 5)), ({"preset": "style"}, slice(0, 8))):
+        (made,) = out(pack_nodes.EditControl.execute(**{"preset": "object", "strength": 0.5, **control}))
+        mask = out(pack_nodes.EditGuider.execute(demo[0], positive, negative, latent, made, 5.0))[1]
+        expected = torch.zeros(3, 8, 8)
+        expected[..., columns] = 1
+        assert torch.equal(mask, expected)
 
 
 def test_without_a_trajectory_control_is_refused(demo: Any) -> None:

@@ -20,8 +20,8 @@ from .words import EditWords
 class ControlledRun:
     """A control, the clip's trajectory and the words of an edit, for the steps of one sampling.
 
-    ``scale``: the factor from LATENT scale to the model's own. ``mask`` is known after the sampling. Raises Refusal for
-    a mask that does not fit the clip.
+    ``scale``: the factor from LATENT scale to the model's own. A mask that is to be found depends on the clip and the
+    sentences alone: it is found once and serves every sampling. Raises Refusal for a mask that does not fit the clip.
     """
 
     def __init__(self, control: Control, trajectory: Trajectory, words: EditWords | None, scale: float) -> None:
@@ -30,13 +30,8 @@ class ControlledRun:
         self._given = None if control.mask is None else resized_mask(control.mask, frames, height, width)
         self._finds = self._given is None and (control.blend_start is not None or control.free_inside)
         self.control = control
-        self._now: tuple[float, Step] | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the sampling before."""
         self._found: Tensor | None = None
-        self.end()
+        self._now: tuple[float, Step] | None = None
 
     def end(self) -> None:
         """Let go of what was kept of the clip in the last step; the mask stays known."""
@@ -120,6 +115,13 @@ class ControlledRun:
         if mask is None:
             return edited
         return torch.lerp(self.trajectory.clip.to(edited), edited, mask.to(edited))
+
+    def exact_outside(self, edited: Tensor) -> Tensor:
+        """Return the edit with the clip, bit by bit, where the mask is 0; both in LATENT scale."""
+        mask = self.mask if self.control.blend_start is not None else None
+        if mask is None:
+            return edited
+        return torch.where(mask.to(edited) == 0, self.trajectory.clip.to(edited), edited)
 
 
 def check_words(words: EditWords | None, positive: Any) -> EditWords | None:

@@ -11,6 +11,7 @@ from .clip import (
 )
 from .controlled import (
     controlled_guider,
+    find_mask,
 )
 from .inflated_model import (
     InflationRecord,
@@ -96,6 +97,7 @@ __all__ = [
     "computes_bfloat16",
     "context_width",
     "controlled_guider",
+    "find_mask",
     "encode_edit",
     "evictable_memory",
     "family",

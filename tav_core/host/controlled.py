@@ -64,15 +64,16 @@ def controlled_guider(
 
 def _outer_sample(run: ControlledRun) -> Any:
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        run.begin()
         given = inspect.signature(executor.original).bind(*args, **kwargs)
         values = given.arguments
         noise, latent, seed = values["noise"], values["latent_image"], values.get("seed")
         values["noise"], values["latent_image"] = run.start(noise, latent, seed or 0)
         try:
-            return executor(*given.args, **given.kwargs)
+            edited = executor(*given.args, **given.kwargs)
         finally:
             run.end()
+        # What still holds noise is not the clip anywhere.
+        return run.exact_outside(edited) if float(values["sigmas"][-1]) == 0 else edited
 
     return outer_sample
 
@@ -99,6 +100,18 @@ def _predict_noise(run: ControlledRun) -> Any:
         return denoised if outside is None else torch.lerp(run.clip(denoised), denoised, outside.to(denoised))
 
     return predict_noise
+
+
+def find_mask(guider: Any, run: ControlledRun) -> None:
+    """Find the mask of a controlled guider before it samples, where one is to be found."""
+
+    def look(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], **_: Any) -> Tensor:
+        run.find_mask(_differences(run, model.inner_model, x, sigmas[:1].expand(len(x)), extra_args["model_options"]))
+        return x
+
+    if run.finds_mask:
+        clip, sigmas = run.trajectory.clip, run.trajectory.sigmas[[-1, 0]]
+        guider.sample(torch.zeros_like(clip), clip, comfy.samplers.KSAMPLER(look), sigmas, disable_pbar=True, seed=0)
 
 
 def _differences(run: ControlledRun, guider: Any, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
