@@ -76,6 +76,7 @@ from .training import (
     latents_in,
     load_for_training,
     unet_conditions,
+    without_injections,
 )
 
 __all__ = [
@@ -130,4 +131,5 @@ __all__ = [
     "weight_shape",
     "weights_on_device",
     "without_inflation",
+    "without_injections",
 ]

@@ -16,6 +16,7 @@ from ..control.run import ControlledRun
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
+from .windows import conds_in_window, window_indices
 
 _KEY = "tune-a-video control"
 # The name of the clip's sentence among a guider's conditionings.
@@ -115,25 +116,36 @@ def _calc_cond_batch(
     if step.needs_clip and step.kept_frames != frames:
         step.kept.clear()
         step.kept_frames = frames
-        source = _in_window(clip, step, transformer_options, model_options)
+        source = _in_window(clip, step, frames, transformer_options, model_options)
         executor(model, [source], latent, timestep, options(True), *rest)
     return executor(model, conds, x, timestep, options(False), *rest)
 
 
 def _window(step: Step, x: Tensor, transformer_options: Mapping[str, Any]) -> tuple[tuple[int, ...], Tensor]:
     """Return the clip's frames that a call looks at, and its latent of them."""
-    whole, window = torch.arange(len(step.latent)), transformer_options.get("context_window")
-    if window is None or len(x) == len(whole):
+    whole = torch.arange(len(step.latent))
+    window, indices = transformer_options.get("context_window"), window_indices(transformer_options, len(x))
+    if len(x) == len(whole) or (window is None and indices is None):
         return tuple(whole.tolist()), step.latent
+    if window is None:
+        assert indices is not None
+        return tuple(indices), step.latent[list(indices)].to(x.device)
     return tuple(window.get_tensor(whole, dim=0).tolist()), window.get_tensor(step.latent, x.device)
 
 
-def _in_window(clip: Any, step: Step, transformer_options: Mapping[str, Any], model_options: Mapping[str, Any]) -> Any:
+def _in_window(
+    clip: Any,
+    step: Step,
+    frames: tuple[int, ...],
+    transformer_options: Mapping[str, Any],
+    model_options: Mapping[str, Any],
+) -> Any:
     """Return the clip's conditioning for the window at hand."""
     window, handler = transformer_options.get("context_window"), model_options.get("context_handler")
-    if window is None or handler is None:
-        return clip
-    return handler.get_resized_cond(clip, step.latent, window, step.latent.device)
+    if window is not None and handler is not None:
+        return handler.get_resized_cond(clip, step.latent, window, step.latent.device)
+    whole = len(step.latent)
+    return clip if len(frames) == whole else conds_in_window(clip, frames, whole)
 
 
 def _proximal(quantile: float) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,35 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..inflate import FirstFrame, Layout
 
 _RUN = "tune-a-video run"
+
+
+def window_indices(transformer_options: Mapping[str, Any], frames: int) -> Sequence[int] | None:
+    """Return which frames of the clip a call on ``frames`` frames looks at; None for a video in one piece.
+
+    AnimateDiff-Evolved cuts clips around ``calc_cond_batch`` and tells of it in ``ad_params``, where a window can be
+    left over from an earlier step.
+    """
+    window = transformer_options.get("context_window")
+    if window is not None:
+        indices: Sequence[int] | None = getattr(window, "index_list", None)
+        return indices
+    told = transformer_options.get("ad_params") or {}
+    indices = told.get("sub_idxs")
+    return indices if indices is not None and len(indices) == frames < told.get("full_length", 0) else None
+
+
+def conds_in_window(conds: Any, indices: Sequence[int], frames: int) -> Any:
+    """Return a guider's conditionings for some of ``frames`` frames: of what has a row for each, their rows."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == frames:
+            return value[list(indices)]
+        inner = getattr(value, "cond", None)
+        return value._copy_with(cut(inner)) if isinstance(inner, Tensor) else value
+
+    return [cut(cond) for cond in conds]
 
 
 class _Run:
@@ -42,7 +71,7 @@ class FirstFrameCache:
         """Return the ``first_frame`` of ``inflated_forwards`` for one call; None for a video in one piece."""
         # Without a mark the sigmas stand for the run. With several GPUs the host makes new ones for each call.
         run = transformer_options.get(_RUN, transformer_options.get("sample_sigmas"))
-        indices = getattr(transformer_options.get("context_window"), "index_list", None)
+        indices = window_indices(transformer_options, layout.frames)
         if indices is None or run is None:
             return None
         kept: dict[Any, Tensor] = self._runs.setdefault(run, {})
