@@ -77,6 +77,7 @@ from .training import (
     latents_in,
     load_for_training,
     unet_conditions,
+    without_injections,
 )
 
 __all__ = [
@@ -132,4 +133,5 @@ __all__ = [
     "weight_shape",
     "weights_on_device",
     "without_inflation",
+    "without_injections",
 ]

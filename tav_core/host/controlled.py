@@ -18,7 +18,7 @@ from ..control.run import ControlledRun
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
-from .windows import hints_in_window, window_frames
+from .windows import conds_in_window, hints_in_window, window_frames
 
 _KEY = "tune-a-video control"
 # The name of the clip's sentence among a guider's conditionings.
@@ -137,7 +137,7 @@ def _calc_cond_batch(
     step, clip = transformer_options.get(_KEY) or (None, None)
     if step is None:
         return executor(model, conds, x, timestep, model_options, *rest)
-    window = window_frames(transformer_options)
+    window = window_frames(transformer_options, len(x))
     frames = tuple(range(len(step.latent)) if window is None else window)
     latent = step.latent if window is None else step.latent[window]
     if latent.shape != x.shape:
@@ -150,18 +150,25 @@ def _calc_cond_batch(
     if step.needs_clip and step.kept_frames != frames:
         step.kept.clear()
         step.kept_frames = frames
-        source = _in_window(clip, step, transformer_options, model_options)
+        source = _in_window(clip, step, frames, transformer_options, model_options)
         with hints_in_window([source], frames, besides=conds) if window is not None else nullcontext():
             executor(model, [source], latent, timestep, options(True), *rest)
     return executor(model, conds, x, timestep, options(False), *rest)
 
 
-def _in_window(clip: Any, step: Step, transformer_options: Mapping[str, Any], model_options: Mapping[str, Any]) -> Any:
+def _in_window(
+    clip: Any,
+    step: Step,
+    frames: tuple[int, ...],
+    transformer_options: Mapping[str, Any],
+    model_options: Mapping[str, Any],
+) -> Any:
     """Return the clip's conditioning for the window at hand."""
     window, handler = transformer_options.get("context_window"), model_options.get("context_handler")
-    if window is None or handler is None:
-        return clip
-    return handler.get_resized_cond(clip, step.latent, window, step.latent.device)
+    if window is not None and handler is not None:
+        return handler.get_resized_cond(clip, step.latent, window, step.latent.device)
+    whole = len(step.latent)
+    return clip if len(frames) == whole else conds_in_window(clip, frames, whole)
 
 
 def _proximal(quantile: float) -> Any:

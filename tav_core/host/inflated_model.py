@@ -25,7 +25,7 @@ from .controlled import control_of
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
 from .stored import UNET_PREFIX, is_coarse
-from .windows import FirstFrameCache, for_frames
+from .windows import FirstFrameCache, for_frames, window_frames
 
 _KEY = "tune-a-video"
 # WrappersMP's names; hosts before them have no such module.
@@ -176,7 +176,8 @@ def layout_of(rows: int, transformer_options: Mapping[str, Any]) -> Layout:
     sigmas = transformer_options.get("sigmas")
     frames = 0 if sigmas is None or sigmas.ndim == 0 else len(sigmas)
     tiles = rows // (conds * frames) if frames > 1 and rows % (conds * frames) == 0 else 1
-    if tiles > 1 and transformer_options.get("context_window") is not None:
+    windows = transformer_options.get("context_window"), window_frames(transformer_options, frames)
+    if tiles > 1 and any(window is not None for window in windows):
         raise Refusal(
             "model",
             "tiles and context windows both divide the batch, and the frames of a tile cannot be told apart then",

@@ -119,6 +119,7 @@ def left_out_of_tuning(model: ModelPatcher, conditioning: Conditioning) -> list[
             transformer_options.get(key) for key in ("patches", "patches_replace", "wrappers")
         ),
         "UNet wrapper": model.model_options.get("model_function_wrapper") is not None,
+        "other packs' layers in the UNet": bool(getattr(model, "injections", None)),
     }
     return [name for name, present in found.items() if present]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -26,6 +27,20 @@ def load_for_training(model: ModelPatcher, shape: torch.Size) -> None:
     comfy.model_management.load_models_gpu(
         [model], memory_required=_ROOM_FOR_TRAINING * inference, minimum_memory_required=inference
     )
+
+
+def without_injections(model: ModelPatcher) -> Any:
+    """Return the MODEL, or a clone without the layers that other packs (AnimateDiff-Evolved) insert as it is loaded.
+
+    Such layers are not made to be differentiated, and ask for options that only a sampling has.
+    """
+    keys = list(getattr(model, "injections", {}))
+    if not keys:
+        return model
+    clone = model.clone()
+    for key in keys:
+        clone.remove_injections(key)
+    return clone
 
 
 @dataclass(frozen=True)

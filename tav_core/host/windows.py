@@ -24,10 +24,29 @@ _PUBLISHED = "ad_params"
 _COMPUTED = ("cond_hint", "control_input", "extra_concat")
 
 
-def window_frames(transformer_options: Mapping[str, Any]) -> list[int] | None:
-    """Return the numbers of the frames that an evaluation looks at, in their order; None for all of a video."""
-    found = (transformer_options.get(_PUBLISHED) or {}).get("sub_idxs")
-    return None if found is None else list(found)
+def window_frames(transformer_options: Mapping[str, Any], count: int) -> list[int] | None:
+    """Return the numbers of the ``count`` frames that an evaluation looks at, in their order; None for all of a video.
+
+    AnimateDiff-Evolved cuts clips around ``calc_cond_batch`` and tells of it in the same place, where a window can be
+    left over from an earlier step.
+    """
+    told = transformer_options.get(_PUBLISHED) or {}
+    found = told.get("sub_idxs")
+    return list(found) if found is not None and len(found) == count < told.get("full_length", 0) else None
+
+
+def conds_in_window(conds: Any, indices: Sequence[int], frames: int) -> Any:
+    """Return a guider's conditionings for some of ``frames`` frames: of what has a row for each, their rows."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == frames:
+            return value[list(indices)]
+        inner = getattr(value, "cond", None)
+        return value._copy_with(cut(inner)) if isinstance(inner, Tensor) else value
+
+    return [cut(cond) for cond in conds]
 
 
 class _Run:
@@ -57,8 +76,8 @@ class FirstFrameCache:
         """Return the ``first_frame`` of ``inflated_forwards`` for one call; None for a video in one piece."""
         # Without a mark the sigmas stand for the run. With several GPUs the host makes new ones for each call.
         run = transformer_options.get(_RUN, transformer_options.get("sample_sigmas"))
-        frames = window_frames(transformer_options)
-        if frames is None or run is None or len(frames) != layout.frames:
+        frames = window_frames(transformer_options, layout.frames)
+        if frames is None or run is None:
             return None
         kept: dict[Any, Tensor] = self._runs.setdefault(run, {})
         # A prompt's own identity: several may share one number in cond_or_uncond.

@@ -138,6 +138,7 @@ def training_unet(
         if left_out := host.left_out_of_tuning(model, conditioning):
             logging.warning("Tune-A-Video: tuning runs without %s; sampling uses them", " and ".join(left_out))
         dtype = _trainable_dtype(model, precision)
+        model = host.without_injections(model)
         host.load_for_training(model, latents.shape)
         with torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)
