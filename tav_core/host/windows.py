@@ -32,7 +32,7 @@ def window_frames(transformer_options: Mapping[str, Any], count: int) -> list[in
     """
     told = transformer_options.get(_PUBLISHED) or {}
     found = told.get("sub_idxs")
-    return list(found) if found is not None and len(found) == count < told.get("full_length", 0) else None
+    return list(found) if found is not None and len(found) == count < told.get("full_length", count + 1) else None
 
 
 def conds_in_window(conds: Any, indices: Sequence[int], frames: int) -> Any:
