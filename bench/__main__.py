@@ -4,6 +4,7 @@ python bench COMMAND [--help]
 
   tune-step, invert-step, sample-step,  one kind of step at any UNet size, on random weights
   controlled-step
+  control                               edit control against plain sampling: steps while it acts and afterwards
   overhead                              what an inflated evaluation costs in Python, without a kernel
   scale                                 steps over frames and sizes, with curves
   ablation                              the paper's ablations on drawn clips
@@ -37,6 +38,7 @@ COMMANDS = {
     "invert-step": "steps",
     "sample-step": "steps",
     "controlled-step": "steps",
+    "control": "control",
     "overhead": "overhead",
     "scale": "scale",
     "peak": "peak",

@@ -7,44 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import unet as unet_parts
 from tune_a_video.tav_core.control.blend import difference_mask, frame_masks, grid, resized_mask
 from tune_a_video.tav_core.control.guidance import proximal
-from tune_a_video.tav_core.control.injection import feature_layer, in_layers
+from tune_a_video.tav_core.control.injection import BoundCall, Call, Step
 from tune_a_video.tav_core.control.noise import freed_noise
-from tune_a_video.tav_core.control.settings import LAYERS
+from tune_a_video.tav_core.control.settings import Control
 from tune_a_video.tav_core.control.words import EditWords, aligned, occurrences, positions
-from unets import UNETS
-
-# Halvings of the latent in SD 1.5's transformer blocks, by the number of the input or output block.
-SD15_HALVINGS = {
-    "input_blocks": {1: 0, 2: 0, 4: 1, 5: 1, 7: 2, 8: 2},
-    "output_blocks": {3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1, 9: 0, 10: 0, 11: 0},
-}
-
-
-def sd15() -> Any:
-    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
-
-    return openaimodel.UNetModel(**{**UNETS["sd15"], "device": "meta"})
-
-
-def kept_megabytes(unet: Any, layers: Any) -> float:
-    """Queries and keys of one step at 24 frames of 512x512, in fp16."""
-    total = 0
-    for path, block in unet_parts.transformer_blocks(unet).items():
-        part, number, *_ = path.split(".")
-        halvings = SD15_HALVINGS.get(part, {}).get(int(number), 3)
-        if in_layers(layers, path, halvings):
-            total += 2 * 2 * 24 * (64 >> halvings) ** 2 * block.attn1.heads * block.attn1.dim_head
-    return total / 1e6
-
-
-def test_memory_of_one_step_is_as_stated() -> None:
-    unet = sd15()
-    found = [kept_megabytes(unet, layers) for layers in LAYERS]
-    assert found == pytest.approx([661, 283, 480, 1109], abs=1)
-    assert feature_layer(unet) is unet.get_submodule("output_blocks.4.0.out_layers.3")
+from tune_a_video.tav_core.inflate import Layout
 
 
 @pytest.mark.parametrize(
@@ -128,6 +97,34 @@ def test_freed_noise_keeps_the_variance_and_is_shared_between_frames() -> None:
     mask[..., :32] = 1
     inside = freed_noise(noise, 0.5, seed=1, mask=mask)
     assert torch.equal(inside[..., 32:], noise[..., 32:]) and torch.equal(inside[..., :32], freed[..., :32])
+
+
+def test_two_attentions_at_their_own_places_are_two_attentions_mixed_by_the_mask() -> None:
+    """out = M attend(q, k) + (1 - M) attend(clip's q, clip's k), for masks that are 0, 1 and between."""
+    frames, side, chunks = 3, 8, 2
+    mask = torch.zeros(frames, 1, side, side)
+    mask[0, :, 2:5, 1:4], mask[1, :, 0], mask[2, :, 5:, 5:] = 1, 0.5, 1
+    control = Control(self_share=1.0, layers="all", free_inside=True)
+    step = Step(control, None, torch.zeros(frames, 4, side, side), mask, True, False, False)
+    generator = torch.Generator().manual_seed(0)
+    source, edit = (torch.randn(2, n * frames, side * side, 6, generator=generator) for n in (1, chunks))
+    values, queries = torch.randn(chunks * frames, side * side, 6, generator=generator), []
+
+    def attend(q: Tensor, k: Tensor, name: str) -> Tensor:
+        queries.append((name, q.shape[1]))
+        return (q @ k.transpose(1, 2)).softmax(-1) @ values[: len(q)]
+
+    def bound(source: bool, chunks: int) -> BoundCall:
+        return BoundCall(Call(step, source, (0, 1, 2)), Layout(frames, chunks), (side, side), [True] * chunks)
+
+    bound(True, 1).self_attention("input_blocks.1", *source, attend)
+    found = bound(False, chunks).self_attention("input_blocks.1", *edit, attend)
+    clips = (source[0].repeat(chunks, 1, 1), source[1].repeat(chunks, 1, 1))
+    m = mask.flatten(1)[:, :, None].repeat(chunks, 1, 1)
+    expected = m * attend(*edit, "") + (1 - m) * attend(*clips, "")
+    torch.testing.assert_close(found, expected)
+    # As many as the frame with the most of them has: nine cells of three by three, and all outside the second frame's.
+    assert queries[1:3] == [("k", 9), ("k of the clip", 64)]
 
 
 def sentence(text: str) -> list[Any]:

@@ -41,6 +41,41 @@ def feature_layer(unet: Any) -> torch.nn.Module:
     return layer
 
 
+class _Mixed:
+    """A mask [rows, n, 1] over the tokens of a layer, and the tokens that are inside it or outside, at least in part.
+
+    Rows have as many tokens as the row with the most of them, so that all go into one call.
+    """
+
+    def __init__(self, mask: Tensor, device: torch.device) -> None:
+        self.mask = mask.to(device)
+        self._inside, self._outside = _first(mask[..., 0] > 0, device), _first(mask[..., 0] < 1, device)
+
+    def inside(self, q: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``attend`` of the queries [rows, n, c] inside; other tokens are 0 or right."""
+        return _at(self._inside, q, attend)
+
+    def outside(self, q: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``attend`` of the queries [rows, n, c] outside; other tokens are 0 or right."""
+        return _at(self._outside, q, attend)
+
+
+def _first(wanted: Tensor, device: torch.device) -> Tensor | None:
+    """Return the numbers of the wanted tokens of each row [rows, most], filled up by others; None for all tokens."""
+    # At least one: a window of a clip must see the keys of a layer even where it needs nothing of them.
+    most = max(1, int(wanted.sum(1).max()))
+    if most == wanted.shape[1]:
+        return None
+    return wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most].to(device)
+
+
+def _at(tokens: Tensor | None, q: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    if tokens is None:
+        return attend(q)
+    places = tokens[:, :, None].expand(-1, -1, q.shape[2])
+    return torch.zeros_like(q).scatter(1, places, attend(q.gather(1, places)))
+
+
 @dataclass
 class Step:
     """The levers that are on in one step, and what was kept of the clip in it.
@@ -57,6 +92,7 @@ class Step:
     injects_cross: bool
     injects_feature: bool
     kept: dict[Any, Tensor] = field(default_factory=dict)
+    mixed: dict[Any, _Mixed] = field(default_factory=dict)
     kept_frames: tuple[int, ...] | None = None
 
     @property
@@ -91,7 +127,8 @@ class BoundCall:
     def self_attention(self, path: str, q: Tensor, k: Tensor, attend: Attend) -> Tensor:
         """Attend with the clip's queries and keys in controlled layers; q and k are [chunks * frames * tiles, n, c].
 
-        out = M attend(q, k, v) + (1 - M) attend(clip's q, clip's k, v), M the mask: two fused calls, no map is written.
+        out = M attend(q, k, v) + (1 - M) attend(clip's q, clip's k, v), M the mask: two fused calls, no map is written,
+        each for the places that its share is not 0 in.
         """
         if not self._step.injects_self or not self._is_controlled(path, q.shape[1]):
             return attend(q, k, "k")
@@ -102,10 +139,12 @@ class BoundCall:
         source_q, source_k = self._kept((path, "q", q.shape[1]), q), self._kept((path, "k", k.shape[1]), k)
         if source_q is None or source_k is None:
             return attend(q, k, "k")
-        mask = self._mask(q)
-        if mask is None:
+        mixed = self._mixed(q)
+        if mixed is None:
             return attend(source_q, source_k, "k")
-        return torch.lerp(attend(source_q, source_k, "k of the clip"), attend(q, k, "k"), mask)
+        own = mixed.inside(q, lambda q: attend(q, k, "k"))
+        clips = mixed.outside(source_q, lambda q: attend(q, source_k, "k of the clip"))
+        return torch.lerp(clips, own, mixed.mask.to(own))
 
     def swaps(self, blocks: Mapping[str, Any], attend: Callable[..., Tensor]) -> list[Swap]:
         """Return forwards for cross-attentions that attend to the words that stay as the clip does.
@@ -198,11 +237,15 @@ class BoundCall:
         found = found.to(x)
         return found if chunks == 1 else found.repeat(chunks, *(1,) * (found.ndim - 1))
 
-    def _mask(self, q: Tensor) -> Tensor | None:
-        """Return the mask for queries [rows, n, c] as [rows, n, 1]; None for no mask, or cropped or tiled rows."""
+    def _mixed(self, q: Tensor) -> _Mixed | None:
+        """Return the mask for queries [rows, n, c]; None for no mask, or cropped or tiled rows."""
         mask, size = self._step.mask, grid(q.shape[1], *self._size)
         rows = self._layout.chunks * len(self._frames)
         if mask is None or size is None or tuple(mask.shape[-2:]) != self._size or len(q) != rows:
             return None
-        mask = F.interpolate(mask[list(self._frames)].float(), size[:2], mode="area").flatten(1)[:, :, None]
-        return mask.to(q).repeat(self._layout.chunks, 1, 1)
+        key = size, self._frames, self._layout.chunks
+        found = self._step.mixed.get(key)
+        if found is None:
+            small = F.interpolate(mask[list(self._frames)].float(), size[:2], mode="area").flatten(1)[:, :, None]
+            found = self._step.mixed[key] = _Mixed(small.repeat(self._layout.chunks, 1, 1), q.device)
+        return found

@@ -135,7 +135,7 @@ def _calc_cond_batch(
     """Evaluate the clip, then the edit. Within context windows the host calls this for each of them."""
     transformer_options = model_options.get("transformer_options", {})
     step, clip = transformer_options.get(_KEY) or (None, None)
-    if step is None:
+    if step is None or not step.needs_clip:
         return executor(model, conds, x, timestep, model_options, *rest)
     window = window_frames(transformer_options, len(x))
     frames = tuple(range(len(step.latent)) if window is None else window)
@@ -147,7 +147,7 @@ def _calc_cond_batch(
         call = Call(step, source, frames)
         return {**model_options, "transformer_options": {**transformer_options, _KEY: call}}
 
-    if step.needs_clip and step.kept_frames != frames:
+    if step.kept_frames != frames:
         step.kept.clear()
         step.kept_frames = frames
         source = _in_window(clip, step, frames, transformer_options, model_options)
