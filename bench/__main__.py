@@ -7,7 +7,7 @@ python bench COMMAND [--help]
   control                               edit control against plain sampling: steps while it acts and afterwards
   overhead                              what an inflated evaluation costs in Python, without a kernel
   scale                                 steps over frames and sizes, with curves
-  ablation                              the paper's ablations on drawn clips
+  ablation                              ways of editing, compared on drawn clips
   peak                                  predicted against measured memory of a tuning step
   windows                               long clips, whole and in context windows
   cards                                 the planner's choices for graphics cards, on paper

@@ -1,239 +1,366 @@
-"""Run the paper's ablations on drawn clips with the demo's model: what each part of the method is worth."""
+"""Tell good ways of editing from bad ones: edits of clips with known motion, measured and compared over the clips."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import clips
+import numpy as np
 import study
 import torch
-from clips import CLIPS, Clip
-from clips import edits as edits_of
+import verdicts
+from clips import CLIPS, KINDS, Clip, Edit
 from PIL import Image
+from study import COMPARISONS, FULL, MEASURES, METHODS, Method, Settings
 from torch import Tensor
 from tune_a_video.tav_core.media import pictures
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
-# Measure -> whether a larger or a smaller value is better.
-MEASURES = {
-    "edit right": "larger",
-    "attributes": "larger",
-    "trajectory": "smaller",
-    "frame consistency": "larger",
-    "motion alignment": "larger",
-    "warp error": "smaller",
-    "flicker": "smaller",
-}
-FULL = study.METHODS[0].name
-# (ablation, method, measures in which the ablation must be worse), from the paper's section 5.3 and figure 8.
-CLAIMS = (
-    ("without ST-Attn", FULL, ("frame consistency", "flicker", "warp error")),
-    ("neither inversion nor ST-Attn", "without inversion", ("frame consistency", "flicker")),
-    ("without inversion", FULL, ("trajectory", "motion alignment")),
-    ("without tuning", FULL, ("trajectory", "attributes", "motion alignment", "warp error")),
-    ("frame by frame", FULL, ("frame consistency", "warp error", "flicker")),
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "ablation-output"
+# The code that decides what is measured; a change of it makes kept results void.
+_DECIDES = (
+    *(f"demo/{name}.py" for name in ("world", "checker", "clips", "study")),
+    *(f"tav_core/{name}.py" for name in ("attention", "inflate", "invert", "norm", "pipeline", "sample", "schedule")),
+    *(f"tav_core/{name}.py" for name in ("temporal", "unet")),
+    *(f"tav_core/{folder}/*.py" for folder in ("control", "evaluation", "host", "motion", "tiny_sd", "tuning")),
 )
-OUTPUT = Path(__file__).resolve().parent.parent / "ablation-output"
+# Edits of each clip that its contact sheet shows.
+_SHOWN = 3
+
+# The settings that --choose tries.
+TUNE_STEPS, LEARNING_RATES, GUIDANCES = (60, 120), (1e-4, 3e-4, 1e-3), (3.0, 5.0, 7.5)
+
+# The shortened study: other clips than those of the table, one kind of edit, fewer steps.
+QUICK_CLIPS = ("line", "arc", "long bounce", "scale", "zoom", "squash", "circle", "pair")
+QUICK_SETTINGS = Settings(tune_steps=40, ddim_steps=10)
+QUICK_KINDS = ("object, patterned",)
+QUICK_FRAMES = 6
+# From noise that is half each frame's own, only attention between frames can make looks agree: that shows what ST-Attn
+# is worth on few clips.
+_HALF_FRESH, _HALF_FRESH_PER_FRAME = study.HALF_FRESH
+QUICK_METHODS = (FULL, *study.HALF_FRESH, *(each for each in METHODS if each.name == "without inversion"))
+QUICK_CLAIMS: tuple[verdicts.Claim, ...] = (
+    (_HALF_FRESH_PER_FRAME.name, _HALF_FRESH.name, ("look distance",)),
+    ("without inversion", FULL.name, ("path, px off",)),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits that are made and measured, and the folder in which the results are kept.
+
+    ``edits``: at most this many ``kinds`` of each clip, in their order.
+    """
+
+    clips: tuple[Clip, ...]
+    methods: tuple[Method, ...]
+    settings: Settings
+    weights: Path
+    output: Path
+    kinds: tuple[str, ...] = KINDS
+    edits: int = len(KINDS)
+    seeds: int = 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash the weights, and the code that decides; not its comments."""
+        digest = hashlib.sha256(self.weights.read_bytes())
+        for path in sorted(path for pattern in _DECIDES for path in ROOT.glob(pattern)):
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+        return digest.hexdigest()
+
+    @property
+    def jobs(self) -> list[tuple[Clip, int]]:
+        """Return all pairs of a clip and a seed, the first seed of every clip first."""
+        return [(clip, seed) for seed in range(self.seeds) for clip in self.clips]
+
+    def edits_of(self, clip: Clip) -> list[Edit]:
+        """Return the edits that are made of a clip."""
+        return [edit for edit in clips.edits(clip) if edit.kind in self.kinds][: self.edits]
+
+    def asked(self, clip: Clip, seed: int) -> list[tuple[Method, Edit]]:
+        """Return all edits of a clip and a seed. A method that draws nothing is the same for every seed."""
+        return [
+            (method, edit)
+            for method in self.methods
+            if method.seeded or seed == 0
+            for edit in self.edits_of(clip)
+            if not method.kinds or edit.kind in method.kinds
+        ]
+
+    def key(self, clip: Clip, method: Method, edit: Edit) -> str:
+        """Hash what decides a row beside the fingerprint, the clip's name and the seed."""
+        decides = [asdict(self.settings), method.recipe, clip.prompt, edit.kind, edit.prompt, len(clip.scenes)]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
+
+    def kept(self, clip: Clip, seed: int) -> dict[str, dict[str, Any]]:
+        """Return the rows that are kept of a clip and a seed, by their keys."""
+        file = self._file(clip, seed)
+        content = json.loads(file.read_text()) if file.exists() else {}
+        return content["rows"] if content.get("fingerprint") == self.fingerprint else {}
+
+    def keep(self, clip: Clip, seed: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the rows of a clip and a seed, whole or not at all."""
+        file = self._file(clip, seed)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "rows": rows}))
+        os.replace(temporary, file)
+
+    def missing(self, clip: Clip, seed: int) -> list[tuple[Method, list[Edit]]]:
+        """Return the edits by method that no row is kept of."""
+        kept = self.kept(clip, seed)
+        found: dict[Method, list[Edit]] = {}
+        for method, edit in self.asked(clip, seed):
+            if self.key(clip, method, edit) not in kept:
+                found.setdefault(method, []).append(edit)
+        return list(found.items())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows that are kept of this plan, with the names of clip, seed, edit and method."""
+        found = []
+        for clip, seed in self.jobs:
+            kept = self.kept(clip, seed)
+            for method, edit in self.asked(clip, seed):
+                row = kept.get(self.key(clip, method, edit))
+                if row is not None:
+                    names = {"clip": clip.name, "seed": seed, "edit": edit.kind, "method": method.name}
+                    found.append({**names, **row})
+        return found
+
+    def strip(self, clip: Clip, method: Method, edit: Edit) -> Path:
+        """Return the picture of an edit's frames, side by side."""
+        return self.output / "frames" / f"{clip.name}-{self.key(clip, method, edit)}.png"
+
+    def _file(self, clip: Clip, seed: int) -> Path:
+        return self.output / f"{clip.name}-{seed}.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the size of the study."""
-    parser.add_argument("--quick", action="store_true", help="one clip, one edit, one seed")
-    parser.add_argument("--clips", type=int, default=8)
-    parser.add_argument("--edits", type=int, default=4)
+    """Add the size of the study, and what is compared."""
+    parser.add_argument("--quick", action="store_true", help="a small study of its own; fails if a claim does not hold")
+    parser.add_argument(
+        "--break",
+        dest="broken",
+        choices=[ablation for ablation, *_ in QUICK_CLAIMS],
+        metavar="ABLATION",
+        help="put this ablation in the place of what it is held against, to see that --quick fails: "
+        + "; ".join(ablation for ablation, *_ in QUICK_CLAIMS),
+    )
+    parser.add_argument("--weights", type=Path, default=tiny_sd.WEIGHTS, help="file of the demo's model")
+    parser.add_argument("--compare", choices=list(COMPARISONS), default="ablations")
+    parser.add_argument("--choose", action="store_true", help="choose settings on clips that are not held out")
+    parser.add_argument("--on", choices=["held out", "first", "all"], help="clips; default: held out")
+    parser.add_argument("--clips", type=int, default=len(CLIPS), help="at most this many")
+    parser.add_argument("--edits", type=int, default=len(KINDS), help="kinds of edits of each clip, at most this many")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="; ".join(KINDS))
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=verdicts.LOOKED_AT, metavar="MEASURE",
+                        help="measures that methods are compared in where nothing is claimed")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=64, help="clips are thinned to at most this many")
+    for name, value in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the clips; Linux and macOS")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for results as they come")
 
 
-def run(quick: bool, clips: int, edits: int, seeds: int, workers: int, output: Path) -> dict[str, Any]:
+def run(
+    quick: bool,
+    broken: str | None,
+    weights: Path,
+    compare: str,
+    choose: bool,
+    on: str | None,
+    clips: int,
+    edits: int,
+    kinds: Sequence[str],
+    measures: Sequence[str],
+    seeds: int,
+    frames: int,
+    workers: int,
+    output: Path,
+    **settings: Any,
+) -> dict[str, Any]:
     """Run the study, write its table and pictures, and return its figures.
 
-    Each clip's results are kept in ``output`` as they come, and a later run with the same settings takes them.
+    Every result is kept in ``output`` as it comes, and a later run with the same settings, weights and code takes it.
+    Raises SystemExit where --quick finds that a claim does not hold.
     """
+    if choose:
+        chosen_on = _clips("first", clips, frames)
+        base = Plan(chosen_on, (), Settings(**settings), weights, output, tuple(kinds), edits, seeds)
+        return _choose(base, workers)
     if quick:
-        clips = edits = seeds = 1
-    settings = study.Settings()
-    output.mkdir(parents=True, exist_ok=True)
+        plan = quick_plan(weights, output)
+    else:
+        methods = COMPARISONS[compare]
+        plan = Plan(
+            _clips(on or "held out", clips, frames), methods, Settings(**settings), weights, output,
+            tuple(kinds), edits, seeds,
+        )  # fmt: skip
+    if broken:
+        plan = with_broken_method(plan, broken)
     started = time.monotonic()
-    pairs = [(clip, seed) for seed in range(seeds) for clip in CLIPS[:clips]]
-    weights = hashlib.sha256(tiny_sd.WEIGHTS.read_bytes()).hexdigest()
-    threads = torch.get_num_threads()
-
-    def known(clip: Clip, seed: int) -> tuple[Path, dict[str, Any], list[dict[str, Any]] | None]:
-        """Return a result's file, its key (all that decides it), and its rows if the file has that key."""
-        prompts = [clip.prompt, *(edit.prompt for edit in edits_of(clip)[:edits])]
-        key = {"settings": vars(settings), "weights": weights, "prompts": prompts}
-        file = output / f"{clip.name}-{seed}.json"
-        content = json.loads(file.read_text()) if file.exists() else {}
-        return file, key, content["rows"] if content.get("key") == key else None
-
-    def work(mine: Sequence[tuple[Clip, int]]) -> None:
-        torch.set_num_threads(max(threads // workers, 1))
-        with torch.inference_mode():
-            parts, embed = tiny_sd.load(), tiny_sd.embedder()
-            for clip, seed in mine:
-                file, key, _ = known(clip, seed)
-                pictured = output / f"{clip.name}.png" if seed == 0 else None
-                rows = _one(parts, clip, settings, seed, edits, embed, pictured)
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps({"key": key, "rows": rows}))
-                os.replace(temporary, file)
-                print(f"{clip.name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-
-    _share(work, [pair for pair in pairs if known(*pair)[2] is None], workers)
-    rows = [row for pair in pairs for row in known(*pair)[2] or ()]
-    fixed = {method.name for method in study.METHODS if not method.seeded}
-    same = [row for row in rows if row["method"] in fixed]
-    rows += [{**row, "seed": seed} for seed in range(1, seeds) for row in same]
-    report = {
-        "clips": [clip.name for clip in CLIPS[:clips]],
-        "edits": edits,
-        "seeds": seeds,
-        "settings": vars(settings),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "summary": summary(rows),
-        "by_edit": {
-            kind: summary([row for row in rows if row["edit"] == kind])
-            for kind in dict.fromkeys(row["edit"] for row in rows)
-        },
-        "claims": claims(rows),
-        "rows": rows,
-    }
-    (output / "ablation.md").write_text(table(report))
-    print(f"\n{table(report)}\nTable and pictures: {output}")
+    _make([plan], workers)
+    name = "quick" if quick else compare
+    claimed = QUICK_CLAIMS if quick else verdicts.CLAIMS if compare == "ablations" else ()
+    report = {"minutes": round((time.monotonic() - started) / 60, 1), **figures(plan, claimed, measures)}
+    markdown = verdicts.table(report)
+    (output / f"{name}.md").write_text(markdown)
+    (output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    for clip in plan.clips:
+        _contact_sheet(plan, clip, output / f"{name}-{clip.name}.png")
+    print(f"\n{markdown}\nTable and pictures: {output}")
+    if quick and (wrong := verdicts.failed(report["differences"], QUICK_CLAIMS)):
+        raise SystemExit("The method does not do what it should:\n" + "\n".join(wrong))
     return report
 
 
-def _share(work: Callable[[Sequence[Any]], None], jobs: Sequence[Any], workers: int) -> None:
-    """Share the jobs among processes: a small model gains more from processes than from threads."""
+def quick_plan(weights: Path, output: Path) -> Plan:
+    """Return the plan of the shortened study."""
+    clips = tuple(clip.thinned(QUICK_FRAMES) for clip in CLIPS if clip.name in QUICK_CLIPS)
+    return Plan(clips, QUICK_METHODS, QUICK_SETTINGS, weights, output, QUICK_KINDS)
+
+
+def with_broken_method(plan: Plan, ablation: str) -> Plan:
+    """Put an ablation in the place of the method that the shortened study holds it against."""
+    than = next(than for name, than, _ in QUICK_CLAIMS if name == ablation)
+    (broken,) = (method for method in plan.methods if method.name == ablation)
+    methods = tuple(broken._replace(name=than) if each.name == than else each for each in plan.methods)
+    return replace(plan, methods=methods)
+
+
+def figures(plan: Plan, claimed: Sequence[verdicts.Claim], measures: Sequence[str]) -> dict[str, Any]:
+    """Return what the kept rows say. Without claims every method is held against the full one."""
+    unseeded = {method.name for method in plan.methods if not method.seeded}
+    rows = verdicts.with_all_seeds(plan.rows(), unseeded, plan.seeds)
+    return {
+        "clips": [clip.name for clip in plan.clips],
+        "kinds": [kind for kind in KINDS if any(row["edit"] == kind for row in rows)],
+        "seeds": plan.seeds,
+        "settings": asdict(plan.settings),
+        "summary": verdicts.summary(rows),
+        "by_kind": verdicts.by_kind(rows),
+        "side": "one-sided" if claimed else "two-sided",
+        "differences": verdicts.claims(rows, claimed) if claimed else verdicts.explore(rows, measures),
+        "repeats": verdicts.repeats(rows),
+        "headroom": verdicts.headroom(rows),
+        "rows": rows,
+    }
+
+
+def _clips(on: str, most: int, frames: int) -> tuple[Clip, ...]:
+    chosen = [clip for clip in CLIPS if on == "all" or clip.held_out == (on == "held out")]
+    return tuple(clip.thinned(frames) for clip in chosen[:most])
+
+
+def _choose(base: Plan, workers: int) -> dict[str, Any]:
+    """Try the settings of a small grid with the full method; return the scores, the best one first."""
+    methods = tuple(FULL._replace(name=f"guidance {guidance:g}", guidance=guidance) for guidance in GUIDANCES)
+    plans = [
+        replace(base, methods=methods, settings=replace(base.settings, tune_steps=steps, learning_rate=rate))
+        for steps in TUNE_STEPS
+        for rate in LEARNING_RATES
+    ]
+    _make(plans, workers)
+    scores = []
+    for plan in plans:
+        rows = plan.rows()
+        for method in methods:
+            mine = [study.score(row) for row in rows if row["method"] == method.name]
+            tried = replace(plan.settings, guidance=method.guidance)
+            scores.append({**asdict(tried), "score": float(np.nanmean(mine))})
+    scores.sort(key=lambda each: -each["score"])
+    lines = [", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in each.items()) for each in scores]
+    clips = [clip.name for clip in base.clips]
+    markdown = f"Settings on {', '.join(clips)}, {base.seeds} seeds, the best first.\n\n" + "".join(
+        f"- {line}\n" for line in lines
+    )
+    (base.output / "choose.md").write_text(markdown)
+    print(f"\n{markdown}")
+    return {"clips": clips, "seeds": base.seeds, "scores": scores}
+
+
+def _make(plans: Sequence[Plan], workers: int) -> None:
+    """Make the edits that are missing."""
+    (plans[0].output / "frames").mkdir(parents=True, exist_ok=True)
+    threads, started = torch.get_num_threads(), time.monotonic()
+
+    def work(mine: Sequence[tuple[Plan, Clip, int]]) -> None:
+        torch.set_num_threads(max(threads // workers, 1))
+        with torch.inference_mode():
+            parts = tiny_sd.load(plans[0].weights)
+            for plan, clip, seed in mine:
+                finish(plan, parts, clip, seed, lambda text: print(text, flush=True))
+                print(f"{clip.name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+
+    # One clip and seed lies in one file, so that one process has all plans of it.
+    jobs: dict[tuple[str, int], list[tuple[Plan, Clip, int]]] = {}
+    for plan in plans:
+        for clip, seed in plan.jobs:
+            if plan.missing(clip, seed):
+                jobs.setdefault((clip.name, seed), []).append((plan, clip, seed))
+    _share(work, list(jobs.values()), workers)
+
+
+def finish(plan: Plan, parts: tuple[Any, Any, Any], clip: Clip, seed: int, say: Callable[[str], None]) -> None:
+    """Make and measure the edits of a clip and a seed that are missing, and keep each as it comes."""
+    wanted = plan.missing(clip, seed)
+    source = study.source_of(clip, parts[2])
+    shown = plan.edits_of(clip)[:_SHOWN]
+    rows = plan.kept(clip, seed)
+    for made in study.edited_videos(parts, clip, wanted, plan.settings, seed):
+        measured = study.measure(source, made.frames, clip, made.edit)
+        rows[plan.key(clip, made.method, made.edit)] = {**measured, "cpu_seconds": round(made.seconds, 2)}
+        plan.keep(clip, seed, rows)
+        if seed == 0 and any(edit.kind == made.edit.kind for edit in shown):
+            _save_strip(made.frames, plan.strip(clip, made.method, made.edit))
+        say(f"  {clip.name}, seed {seed}, {made.edit.kind}: {made.method.name}, {made.seconds:.0f} s of CPU")
+
+
+def _save_strip(frames: Tensor, path: Path) -> None:
+    pixels = (torch.cat(list(frames), dim=1) * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def _contact_sheet(plan: Plan, clip: Clip, path: Path) -> None:
+    """Draw a clip and its first edits by every method, as far as their frames are kept."""
+    rows = [(f"source: {clip.prompt}", clip.images())]
+    for edit in plan.edits_of(clip)[:_SHOWN]:
+        for method in plan.methods:
+            strip = plan.strip(clip, method, edit)
+            if strip.exists():
+                pixels = torch.from_numpy(np.asarray(Image.open(strip), np.float32)) / 255
+                frames = torch.stack(pixels.split(pixels.shape[0], dim=1))
+                rows.append((f"{method.name}: {edit.prompt}", frames))
+    sheet = (pictures.contact_sheet(rows, 64)[0] * 255).round().byte().numpy()
+    Image.fromarray(sheet).save(path)
+
+
+def _share(work: Callable[[list[Any]], None], jobs: Sequence[Iterable[Any]], workers: int) -> None:
+    """Share groups of jobs among processes: a small model gains more from processes than from threads."""
+    if not jobs:
+        return None
     if workers == 1 or len(jobs) < 2:
-        return work(jobs)
+        return work([job for group in jobs for job in group])
     # Forked before PyTorch has started any thread of its own.
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(jobs[index::workers],)) for index in range(workers)]
+    shares = [[job for group in jobs[index::workers] for job in group] for index in range(workers)]
+    processes = [context.Process(target=work, args=(share,)) for share in shares if share]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("A worker failed; its error is above. What is finished is kept: run the same command again.")
-
-
-def _one(
-    parts: study.Parts,
-    clip: Clip,
-    settings: study.Settings,
-    seed: int,
-    count: int,
-    embed: Callable[[Tensor], Tensor],
-    pictured: Path | None,
-) -> list[dict[str, Any]]:
-    asked = edits_of(clip)[:count]
-    # Methods without a random draw give the same result for every seed.
-    methods = [method for method in study.METHODS if method.seeded or seed == 0]
-    videos = study.edited_videos(
-        parts, clip, asked, methods, settings, seed, lambda name: print(f"  {clip.name}: {name}", flush=True)
-    )
-    source = clip.images()
-    if pictured is not None:
-        shown = asked[0]
-        rows = [(f"source: {clip.prompt}", source)]
-        rows += [(f"{method}: {shown.prompt}", made[shown.kind]) for method, made in videos.items()]
-        sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
-        Image.fromarray(sheet).save(pictured)
-    return [
-        {
-            "clip": clip.name,
-            "seed": seed,
-            "edit": edit.kind,
-            "method": method,
-            **study.measure(source, made[edit.kind], edit, embed),
-        }
-        for method, made in videos.items()
-        for edit in asked
-    ]
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, by method and measure, the mean over all and the standard deviation of the seeds' means."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        found[method] = {}
-        for measure in MEASURES:
-            by_seed = [
-                statistics.fmean([r[measure] for r in mine if r["seed"] == s])
-                for s in sorted({r["seed"] for r in mine})
-            ]
-            found[method][measure] = {"mean": statistics.fmean(by_seed), "spread": _deviation(by_seed)}
-    return found
-
-
-def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Test the paper's claims: return by how much each ablation is worse than the method it is held against.
-
-    Results are compared pair by pair (same clip, edit and seed). The standard error is over clips, which are
-    independent; a clip's edits and seeds are not. A difference is significant from two standard errors on.
-    """
-    by_method: dict[str, dict[Any, dict[str, Any]]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], {})[row["clip"], row["seed"], row["edit"]] = row
-    found = []
-    for method, other, measure in ((*pair, measure) for *pair, measures in CLAIMS for measure in measures):
-        if method in by_method and other in by_method:
-            sign = 1.0 if MEASURES[measure] == "larger" else -1.0
-            by_clip: dict[str, list[float]] = {}
-            for place, row in by_method[method].items():
-                better = by_method[other][place][measure] - row[measure]
-                by_clip.setdefault(row["clip"], []).append(sign * better)
-            means = [statistics.fmean(values) for values in by_clip.values()]
-            error = _deviation(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-            found.append(
-                {
-                    "ablation": method,
-                    "than": other,
-                    "worse in": measure,
-                    "by": statistics.fmean(means),
-                    "standard_error": error,
-                    "significant": statistics.fmean(means) > 2 * error and statistics.fmean(means) > 0,
-                }
-            )
-    return found
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def table(report: dict[str, Any]) -> str:
-    """Return the summary and the claims as Markdown."""
-    names = list(MEASURES)
-    lines = [
-        f"{len(report['clips'])} clips x {report['edits']} edits x {report['seeds']} seeds; mean (deviation of seeds).",
-        "",
-        "| method | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
-    ]
-    for method, values in report["summary"].items():
-        cells = [f"{values[name]['mean']:.3f} ({values[name]['spread']:.3f})" for name in names]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| ablation | than | is worse in | by (standard error over clips) | significant |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for claim in report["claims"]:
-        verdict = "yes" if claim["significant"] else "no"
-        by = f"{claim['by']:.3f} ({claim['standard_error']:.3f})"
-        lines.append(f"| {claim['ablation']} | {claim['than']} | {claim['worse in']} | {by} | {verdict} |")
-    return "\n".join(lines) + "\n"

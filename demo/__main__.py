@@ -1,12 +1,11 @@
 """python demo: one clip, one tuning, four edits; videos, contact sheet and measured table in demo-output/.
 
-python demo train: trains the demo's model from nothing. python demo check: has it draw 200 prompts and judges them.
+python demo train: trains the demo's model from nothing. python demo check: has it draw 300 prompts and judges them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -34,8 +33,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command")
     train = commands.add_parser("train", help="train the demo's model")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--world", choices=["sprites", "world"], default="sprites", help="what is drawn")
-    train.add_argument("--scenes", type=int, default=24_000)
+    train.add_argument("--scenes", type=int, default=60_000)
     train.add_argument("--batch", type=int, default=32)
     train.add_argument("--minutes", type=float, help="end each cycle after this time")
     train.add_argument("--autoencoder-steps", type=int, help="default: 2500, and none with --start")
@@ -53,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--to", type=Path, default=WEIGHTS_FOLDER, help="folder for the weights")
     train.add_argument("--scratch", type=Path, default=ROOT / "demo-training", help="folder for checkpoints")
     check = commands.add_parser("check", help="judge what the demo's model draws")
-    check.add_argument("--count", type=int, default=200)
+    check.add_argument("--count", type=int, default=300)
     check.add_argument("--seed", type=int, default=0)
     check.add_argument("--to", type=Path, default=ROOT / "docs" / "demo-model", help="folder for report and picture")
     return top
@@ -90,7 +88,6 @@ def train(arguments: argparse.Namespace, comfyui: Path | None) -> None:
 
     torch.set_num_threads(arguments.threads)
     plan = training.Plan(
-        importlib.import_module(arguments.world),
         arguments.steps,
         arguments.scenes,
         arguments.batch,
@@ -151,7 +148,7 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
 
         seconds = way.run(folder)
     with torch.inference_mode():
-        table = job.results(folder, tiny_sd.embedder())
+        table = job.results(folder, tiny_sd.load()[2])
     rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
     for edit in job.EDITS:
         frames = load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
@@ -186,14 +183,14 @@ def _done(output: Path, files: list[str], made_from: str) -> bool:
 def _show(report: dict[str, Any], output: Path) -> None:
     """The table, the paths, and what to do next."""
     print(f"\nsource: {report['source_prompt']}")
-    print(f"{'edit':<12}{'edit right':>12}{'all right':>12}{'off path':>12}{'consistency':>13}  prompt")
+    shown = {"edit right": ".0%", "all right": ".0%", "look agreement": ".0%", "path, px off": ".1f"}
+    print(f"{'edit':<20}" + "".join(f"{name:>16}" for name in shown) + "  prompt")
     for row in report["edits"]:
-        print(
-            f"{row['edit']:<12}{row['edit right']:>12.0%}{row['attributes']:>12.0%}{row['trajectory']:>9.1f} px"
-            f"{row['frame consistency']:>13.3f}  {row['prompt']}"
-        )
+        cells = (format(row[name], form) for name, form in shown.items())
+        print(f"{row['edit']:<20}" + "".join(f"{cell:>16}" for cell in cells) + f"  {row['prompt']}")
     print(
-        "(right: share of frames, judged from their pixels; off path: distance of the sprite from where it should be)\n"
+        "(shares of frames, judged from their pixels; path: distance of the sprite from where it should be;\n"
+        "look agreement: frames with the commonest pattern, second colour and shade)\n"
     )
     for file in sorted(output.iterdir()):
         if not file.name.startswith("."):

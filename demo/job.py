@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from clips import CLIPS, FPS, Edit, edits
-from study import Settings, measure
+from study import Settings, measure, source_of
 from torch import Tensor
 from tune_a_video.tav_core.media.clip import load_clip
 from tune_a_video.tav_core.media.encode import save_clip
 
 CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
-EDITS = edits(CLIP)
+# Kind of an edit of the clip -> its name in files.
+NAMES = {"object, patterned": "object", "colour, neighbour": "colour", "background": "background", "style": "style"}
+EDITS = tuple(edit for edit in edits(CLIP) if edit.kind in NAMES)
 SETTINGS = Settings()
 SEED = 0
 # Saved videos are enlarged by this: each pixel of the tiny model is a square of them.
@@ -29,18 +31,19 @@ REPORT = "report.json"
 
 
 def edit_file(edit: Edit) -> str:
-    """Name of an edit's video."""
-    return f"edit-{edit.kind}.mp4"
+    """Return the name of an edit's video."""
+    return f"edit-{NAMES[edit.kind]}.mp4"
 
 
 def files() -> list[str]:
-    """All that the job leaves, the report last."""
+    """Return all that the job leaves, the report last."""
     return [SOURCE_FILE, LOSS_CURVE, MOTION, *map(edit_file, EDITS), CONTACT_SHEET, REPORT]
 
 
 def fingerprint(*sources: Path) -> str:
     """Hash everything that decides the results; when it changes, they are made again."""
-    digest = hashlib.sha256(json.dumps([asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt]).encode())
+    decides = [asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt, [edit.prompt for edit in EDITS]]
+    digest = hashlib.sha256(json.dumps(decides).encode())
     for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -52,21 +55,21 @@ def enlarged(images: Tensor) -> Tensor:
 
 
 def reduced(images: Tensor) -> Tensor:
-    """The inverse of ``enlarged``, a mean over each square: what compression did to single pixels cancels."""
+    """Invert ``enlarged``: a mean over each square, in which what compression did to single pixels cancels."""
     return torch.nn.functional.avg_pool2d(images.movedim(-1, 1), ENLARGED).movedim(1, -1)
 
 
-def results(folder: Path, embed: Any) -> list[dict[str, Any]]:
-    """Measure the videos in a folder, from the files themselves."""
-    source = CLIP.images()
+def results(folder: Path, vae: Any) -> list[dict[str, Any]]:
+    """Measure the videos in a folder, from the files themselves. ``vae``: the demo model's."""
+    source = source_of(CLIP, vae)
     found = []
     for edit in EDITS:
         frames = reduced(load_clip(folder / edit_file(edit), frame_count=0, resize="keep").images)
-        measured = measure(source, frames, edit, embed)
+        measured = measure(source, frames, CLIP, edit)
         found.append({"edit": edit.kind, "prompt": edit.prompt, "file": edit_file(edit), **measured})
     return found
 
 
 def save_source(folder: Path) -> None:
-    """The clip itself, for LoadVideo and for looking at."""
+    """Write the clip itself, for LoadVideo and for looking at."""
     save_clip(enlarged(CLIP.images()), FPS, folder / SOURCE_FILE, quality=100)

@@ -10,7 +10,6 @@ from clips import FPS
 from job import CLIP, EDITS, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file, enlarged
 from PIL import Image
 from progress import Bar
-from sprites import SIZE
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.media import pictures
@@ -21,6 +20,7 @@ from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 from tune_a_video.tav_core.tuning.checkpoint import Checkpoint
 from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
+from world import SIZE
 
 EXERCISED = "NOT exercised: ComfyUI's server and the nodes. The engine from PyPI has neither."
 

@@ -12,7 +12,7 @@ from engine import PACK_ROOT
 from host_server import HostServer, Progress, host_version
 from job import CLIP, EDITS, ENLARGED, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file
 from progress import Bar
-from sprites import SIZE
+from world import SIZE
 
 EXERCISED = "Everything that the quick start uses ran on the real host, on the CPU."
 # The name of a node's progress bar, by its id in the graph.

@@ -6,17 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import sprites
+import world
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write(folder: Path, known: Sequence[str] | None = None) -> None:
-    """Write the four files of a CLIP tokenizer with one token for each ``known`` word, by default the demo's.
+def write(folder: Path) -> None:
+    """Write the four files of a CLIP tokenizer with one token for each word of the world.
 
     Other words fall apart into syllables and letters.
     """
-    merges = _prefix_merges(sprites.words()) if known is None else _whole_word_merges(known)
+    merges = _whole_word_merges(world.words())
     letters = _byte_letters()
     pieces = [START, END, *letters, *(letter + "</w>" for letter in letters)]
     pieces += dict.fromkeys(left + right for left, right in merges)
@@ -27,18 +27,6 @@ def write(folder: Path, known: Sequence[str] | None = None) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     settings = {**special, "do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _prefix_merges(known: Sequence[str]) -> list[tuple[str, str]]:
-    """Build every word from its beginning. Words in which another's merge comes first stay in pieces ("triangle")."""
-    merges: list[tuple[str, str]] = []
-    for word in known:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-            parts[:2] = [parts[0] + parts[1]]
-    return merges
 
 
 def _whole_word_merges(known: Sequence[str]) -> list[tuple[str, str]]:

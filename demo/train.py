@@ -10,17 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import comfy.clip_model
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import numpy as np
-import sprites
 import tokens
 import torch
 import torch.nn.functional as F
+import world
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,15 +47,14 @@ _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 class Plan(NamedTuple):
     """The length of a training and its data.
 
-    ``world``: the module that draws, sprites or world. ``scenes`` are drawn once and seen again and again, each time
-    with another noise. ``cycles``: steps of the UNet and the text model. ``minutes``: a cycle ends after this time, if
-    given, with the learning rate at nothing, however many steps that were. ``vision_steps``, ``autoencoder_steps``:
-    None for what suits a training from nothing or from weights.
+    ``scenes`` are drawn once and seen again and again, each time with another noise. ``cycles``: steps of the UNet and
+    the text model. ``minutes``: a cycle ends after this time, if given, with the learning rate at nothing, however many
+    steps that were. ``vision_steps``, ``autoencoder_steps``: None for what suits a training from nothing or from
+    weights.
     """
 
-    world: ModuleType
     cycles: Sequence[int]
-    scenes: int = 24_000
+    scenes: int = 60_000
     batch: int = 32
     minutes: float | None = None
     autoencoder_steps: int | None = None
@@ -74,15 +72,15 @@ def train(output: Path, seed: int, plan: Plan, device: torch.device, scratch: Pa
     torch.manual_seed(seed)
     scratch.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    tokens.write(output / "tokenizer", plan.world.words())
-    weights = None if start is None else _with_words(load_file(start), start.parent, output / "tokenizer")
+    tokens.write(output / "tokenizer")
+    weights = None if start is None else load_file(start)
     earlier = [] if start is None else json.loads((start.parent / "training.json").read_text())["runs"]
     minutes: dict[str, float] = {}
     autoencoder_steps = plan.autoencoder_steps
     if autoencoder_steps is None:
         autoencoder_steps = 2500 if start is None else 0
     for cycle, steps in enumerate(plan.cycles, seed):
-        scenes, pictures = _drawings(plan, cycle, weights is None, scratch / f"drawings-{cycle}.npy")
+        scenes, pictures = _drawings(plan, cycle, scratch / f"drawings-{cycle}.npy")
         vae = tiny_sd.Autoencoder()
         if cycle == seed and autoencoder_steps:
             vae, minutes["autoencoder"] = _autoencoder(
@@ -113,8 +111,7 @@ def train(output: Path, seed: int, plan: Plan, device: torch.device, scratch: Pa
     assert weights is not None
     _replace(output / "tiny-sd.safetensors", lambda path: save_file(weights, path))
     asked = f"--seed {seed} --steps {' '.join(map(str, plan.cycles))}"
-    if plan.world is not sprites:
-        asked += f" --world {plan.world.__name__} --scenes {plan.scenes} --batch {plan.batch}"
+    asked += f" --scenes {plan.scenes} --batch {plan.batch}"
     asked += f" --minutes {plan.minutes:g}" if plan.minutes else ""
     asked += f" --start {start.name}" if start else ""
     asked += f" --autoencoder-steps {autoencoder_steps}" if autoencoder_steps else ""
@@ -145,39 +142,14 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _with_words(weights: dict[str, Tensor], folder: Path, tokenizer: Path) -> dict[str, Tensor]:
-    """Give the text model of finished weights the rows of another vocabulary.
-
-    ``folder`` holds the tokenizer of the weights. A new word begins as the mean of the pieces that it had there
-    ("stars" as "star"), other new pieces at random.
-    """
-    new = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
-    encode = tiny_sd.Tokenizer(folder / "tokenizer").clip_l.tokenizer
-    old = encode.get_vocab()
-    known = weights["text." + tiny_sd.EMBEDDING].float()
-    random = torch.Generator().manual_seed(0)
-    noise = known.std(0) * torch.randn(len(new), known.shape[1], generator=random)
-    rows = known.mean(0) + noise
-    whole = {word for word in old if word.endswith("</w>")}
-    for piece, row in new.items():
-        word = piece.removesuffix("</w>")
-        if piece.endswith("</w>") and len(word) > 1:
-            stem = next((word[:end] for end in range(len(word), 2, -1) if word[:end] + "</w>" in whole), None)
-            if stem is not None:
-                rows[row] = known[encode(stem)["input_ids"][1:-1]].mean(0) + (0 if stem == word else 0.3) * noise[row]
-        elif piece in old:
-            rows[row] = known[old[piece]]
-    return {**weights, "text." + tiny_sd.EMBEDDING: rows}
-
-
-def _drawings(plan: Plan, seed: int, first: bool, file: Path) -> tuple[list[Any], np.ndarray]:
-    """Draw the scenes of a cycle; ``first``: of a training from nothing. Pictures are [n, 3, SIZE, SIZE] in 0..255."""
+def _drawings(plan: Plan, seed: int, file: Path) -> tuple[list[world.Scene], np.ndarray]:
+    """Draw the scenes of a cycle; pictures are [n, 3, SIZE, SIZE] in 0..255."""
     random = np.random.default_rng(seed)
-    scenes = [plan.world.random_scene(random, **plan.world.hardness(first)) for _ in range(plan.scenes)]
+    scenes = [world.random_scene(random) for _ in range(plan.scenes)]
     if not file.exists():
-        pictures = np.empty((plan.scenes, 3, plan.world.SIZE, plan.world.SIZE), np.uint8)
+        pictures = np.empty((plan.scenes, 3, world.SIZE, world.SIZE), np.uint8)
         for index, scene in enumerate(scenes):
-            pictures[index] = plan.world.draw(scene).transpose(2, 0, 1)
+            pictures[index] = world.draw(scene).transpose(2, 0, 1)
             _say("drawing", index + 1, plan.scenes, every=2000)
         _replace(file, lambda path: np.save(path, pictures))
     return scenes, np.load(file)
@@ -386,7 +358,7 @@ def _latents(vae: Any, pictures: np.ndarray, device: torch.device, file: Path) -
 
 def _diffusion(
     plan: Plan,
-    scenes: list[Any],
+    scenes: list[world.Scene],
     latents: Tensor,
     vae: Any,
     tokenizer: Path,
@@ -417,7 +389,7 @@ def _diffusion(
         unet.load_state_dict(_part(start, "unet."))
         text.load_state_dict(_part(start, "text."))
     tokenize = tiny_sd.Tokenizer(tokenizer)
-    encoded = _Captions(plan.world, scenes, tokenize)
+    encoded = _Captions(scenes, tokenize)
     # SD's schedule, as comfy.model_sampling makes it.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bars = torch.cumprod(1 - betas, 0).float()
@@ -439,7 +411,7 @@ def _diffusion(
 
     @torch.no_grad()
     def grid() -> None:
-        asked = [plan.world.caption(plan.world.random_scene(np.random.default_rng(index))) for index in range(24)]
+        asked = [world.caption(world.random_scene(np.random.default_rng(index))) for index in range(24)]
         said, nothing = (
             text(torch.stack([encoded.ids(line) for line in lines]).to(device))[0] for lines in (asked, [""])
         )
@@ -503,7 +475,7 @@ def _differentiable(text: torch.nn.Module) -> Iterator[None]:
 
 def _vision(
     plan: Plan,
-    scenes: list[Any],
+    scenes: list[world.Scene],
     pictures: np.ndarray,
     text: Any,
     tokenizer: Path,
@@ -530,7 +502,7 @@ def _vision(
     scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))
     learning = torch.nn.ModuleList([vision, projection])
     learning.register_parameter("scale", scale)
-    encoded = _Captions(plan.world, scenes, tiny_sd.Tokenizer(tokenizer))
+    encoded = _Captions(scenes, tiny_sd.Tokenizer(tokenizer))
     average = torch.tensor(_CLIP_MEAN, device=device).view(3, 1, 1)
     deviation = torch.tensor(_CLIP_DEVIATION, device=device).view(3, 1, 1)
 
@@ -558,21 +530,19 @@ def _vision(
 
 
 class _Captions:
-    """Token ids of the scenes' captions: with and without sizes, sometimes without the style, sometimes empty."""
+    """Token ids of the scenes' captions: sometimes without the style, sometimes empty."""
 
-    def __init__(self, world: ModuleType, scenes: list[Any], tokenizer: Any) -> None:
-        self.world, self.scenes = world, scenes
+    def __init__(self, scenes: list[world.Scene], tokenizer: Any) -> None:
+        self.scenes = scenes
         self.tokenizer = tokenizer
         self.known: dict[str, Tensor] = {}
 
     def draw(self, rows: list[int], random: torch.Generator, always: bool = False) -> Tensor:
         """One caption for each of some scenes, with ``always`` never an empty one: [n, tiny_sd.TOKENS]."""
-        chances = torch.rand(len(rows), 3, generator=random).tolist()
+        chances = torch.rand(len(rows), 2, generator=random).tolist()
         found = []
-        for row, (empty, sizes, styleless) in zip(rows, chances, strict=True):
-            text = self.world.training_caption(self.scenes[row], sizes)
-            if styleless < 0.1:
-                text = text.rsplit(",", 1)[0]
+        for row, (empty, styleless) in zip(rows, chances, strict=True):
+            text = world.caption(self.scenes[row], style=styleless >= 0.1)
             found.append(self.ids("" if empty < _EMPTY_CAPTION_RATE and not always else text))
         return torch.stack(found)
 

@@ -1,4 +1,4 @@
-"""A world with looks that no caption says: sprites on varied backgrounds in two styles, 64x64 pixels, with captions.
+"""The demo's world: sprites on varied backgrounds in two styles, 64x64 pixels, with captions and unsaid looks.
 
 Stars, hearts and crosses are two-tone: their pattern, second colour and shade are free, and shared by all sprites of
 a kind in one picture. Circles, squares and triangles are plain. The light, tint and layout of backgrounds are free too.
@@ -155,12 +155,6 @@ def caption(scene: Scene, style: bool = True) -> str:
         nouns.append(noun + (f" with {ACCESSORIES[accessory][count > 1]}" if accessory else ""))
     place = f"the {scene.background}" + (f", {scene.style} style" if style else "")
     return f"{' and '.join(nouns)} on {place}" if nouns else place
-
-
-def training_caption(scene: Scene, chance: float) -> str:
-    """Return the caption; there is only one."""
-    del chance
-    return caption(scene)
 
 
 @cache
@@ -386,12 +380,6 @@ _COUNTS: tuple[tuple[tuple[int, int], float], ...] = (
     ((2, 1), 0.05),
     ((1, 2), 0.05),
 )
-
-
-def hardness(first: bool) -> dict[str, float]:
-    """Return what `random_scene` takes in a cycle: nothing."""
-    del first
-    return {}
 
 
 def random_scene(random: np.random.Generator) -> Scene:

@@ -80,7 +80,7 @@ def test_a_longer_sentence_shifts_the_words_that_stay(demo: Any) -> None:
 def test_named_words_take_the_place_of_found_ones(demo: Any) -> None:
     arguments = demo[1], SOURCE, EDIT, "empty prompt"
     words = words_in(out(pack_nodes.EditPrompt.execute(*arguments, words_that_go="sand"))[1])
-    assert words is not None and words.goes == (5, 6) and words.new == (2, 3)
+    assert words is not None and words.goes == (5,) and words.new == (2, 3)
     with pytest.raises(Refusal, match="^words_that_go: none of 'grass' is in the sentence"):
         pack_nodes.EditPrompt.execute(*arguments, words_that_go="grass")
     with pytest.raises(Refusal, match="^new_words: none of 'heart' is in the sentence"):

@@ -1,8 +1,7 @@
-"""The second world: its captions, its checker, its clips and edits, and its tokenizer."""
+"""The demo's world: its captions, its checker, its clips and edits, and its tokenizer."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -14,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Scripts import what lies beside them by its plain name.
 sys.path.append(str(ROOT / "demo"))
 
+import checker  # noqa: E402
+import clips  # noqa: E402
 import tokens  # noqa: E402
 import world  # noqa: E402
-import world_checker  # noqa: E402
-import world_clips  # noqa: E402
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
 from world import Look, Scene, Sprite  # noqa: E402
 
@@ -30,7 +29,7 @@ def test_the_checker_knows_what_was_drawn() -> None:
     right: dict[str, list[bool]] = {}
     for _ in range(SCENES):
         scene = world.random_scene(random)
-        verdict = world_checker.look(world.draw(scene))
+        verdict = checker.look(world.draw(scene))
         assert (verdict.style, verdict.background) == (scene.style, scene.background)
         right.setdefault("count", []).append(len(verdict.sprites) == len(scene.sprites))
         for sprite in scene.sprites:
@@ -86,7 +85,7 @@ def test_the_nearer_sprite_hides_the_farther_one() -> None:
 
 
 def test_every_caption_is_one_token_a_word_and_fits(tmp_path: Path) -> None:
-    tokens.write(tmp_path, world.words())
+    tokens.write(tmp_path)
     tokenizer = tiny_sd.Tokenizer(tmp_path)
     encode = tokenizer.clip_l.tokenizer
     assert all(len(encode(word)["input_ids"]) == 3 for word in world.words())
@@ -98,43 +97,26 @@ def test_every_caption_is_one_token_a_word_and_fits(tmp_path: Path) -> None:
 
 
 def test_there_are_enough_clips_and_some_are_held_out() -> None:
-    held = [clip for clip in world_clips.CLIPS if clip.held_out]
-    assert len(world_clips.CLIPS) - len(held) >= 16 and len(held) >= 8
-    assert len({clip.name for clip in world_clips.CLIPS}) == len(world_clips.CLIPS)
-    assert {len(clip.scenes) for clip in world_clips.CLIPS} >= {8, 16, 64}
-    kinds = {edit.kind for clip in world_clips.CLIPS for edit in world_clips.edits(clip)}
-    assert kinds == set(world_clips.KINDS)
+    held = [clip for clip in clips.CLIPS if clip.held_out]
+    assert len(clips.CLIPS) - len(held) >= 16 and len(held) >= 8
+    assert len({clip.name for clip in clips.CLIPS}) == len(clips.CLIPS)
+    assert {len(clip.scenes) for clip in clips.CLIPS} >= {8, 16, 64}
+    kinds = {edit.kind for clip in clips.CLIPS for edit in clips.edits(clip)}
+    assert kinds == set(clips.KINDS)
 
 
-@pytest.mark.parametrize("clip", world_clips.CLIPS, ids=lambda clip: clip.name)
-def test_an_edit_that_is_drawn_is_right_and_one_that_did_nothing_is_not(clip: world_clips.Clip) -> None:
-    for edit in world_clips.edits(clip):
+@pytest.mark.parametrize("clip", clips.CLIPS, ids=lambda clip: clip.name)
+def test_an_edit_that_is_drawn_is_right_and_one_that_did_nothing_is_not(clip: clips.Clip) -> None:
+    for edit in clips.edits(clip):
         assert edit.prompt != clip.prompt
-        drawn = world_clips.frame_right(edit.scenes[1], world.draw(edit.scenes[1]))
-        unchanged = world_clips.frame_right(edit.scenes[1], world.draw(clip.scenes[1]))
+        drawn = clips.frame_right(edit.scenes[1], world.draw(edit.scenes[1]))
+        unchanged = clips.frame_right(edit.scenes[1], world.draw(clip.scenes[1]))
         assert drawn.everything and drawn.off < 4, (edit.kind, drawn)
         assert not unchanged.everything, edit.kind
 
 
-def test_looks_agree_where_they_are_one_and_not_where_they_differ() -> None:
-    star = Sprite("star", "red", Look("light", "core", "cyan"), 32, 32, 13)
-    looks = [star.look, star.look, Look("light", "halves", "white"), Look("light", "bar", "orange")]
-    frames = [world.draw(Scene((star._replace(look=look),), "grass", "painting")) for look in looks]
-    assert world_clips.look_agreement(frames[:2], "red") == 1
-    assert world_clips.look_agreement(frames, "red") == 0.5
-    assert world_clips.look_agreement(frames, "blue") == 0
-
-
-def test_a_new_word_begins_as_its_stem_did(tmp_path: Path) -> None:
-    import torch
-    import train
-
-    tokens.write(tmp_path, world.words())
-    old = json.loads((tiny_sd.FOLDER / "tokenizer" / "vocab.json").read_text())
-    new = json.loads((tmp_path / "vocab.json").read_text())
-    name = "text." + tiny_sd.EMBEDDING
-    rows = torch.arange(float(len(old)))[:, None].expand(-1, 4)
-    moved = train._with_words({name: rows}, tiny_sd.FOLDER, tmp_path)[name]
-    assert moved.shape == (len(new), 4)
-    assert torch.equal(moved[new["star</w>"]], rows[old["star</w>"]])
-    assert not torch.equal(moved[new["stars</w>"]], moved[new["star</w>"]])
+def test_a_clip_is_thinned_at_equal_distances() -> None:
+    clip = next(clip for clip in clips.CLIPS if len(clip.scenes) == 64)
+    thin = clip.thinned(8)
+    assert [clip.scenes.index(scene) for scene in thin.scenes] == [0, 9, 18, 27, 36, 45, 54, 63]
+    assert thin.thinned(8) is thin and thin.name == clip.name

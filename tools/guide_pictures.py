@@ -32,9 +32,9 @@ class Workbench:
         from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
         self.settings, self.clip = job.SETTINGS, job.CLIP
-        self.edits = {edit.kind: edit for edit in job.EDITS}
+        self.edits = {job.NAMES[edit.kind]: edit for edit in job.EDITS}
         self.model, self.text, vae = tiny_sd.load(tiny_sd.WEIGHTS)
-        self.vae, self.embed = vae, tiny_sd.embedder()
+        self.vae = vae
         self.frames = self.clip.images()
         self.latent = vae.encode(self.frames)
         self.encode: Callable[[str], Any] = lambda sentence: tiny_sd.encode(self.text, sentence)
@@ -152,20 +152,20 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {}
     with _demo():
         from PIL import Image
-        from study import measure
+        from study import measure, source_of
         from tune_a_video.tav_core.media import pictures
 
         bench = Workbench()
+        source = source_of(bench.clip, bench.vae)
         bench.tune(TUNE_STEPS)
         for name, rows in sheets(bench):
             shown = [(f"source: {bench.clip.prompt}", bench.frames)]
             for caption, frames, edit in rows:
                 if edit is not None:
-                    found = measure(bench.frames, frames, edit, bench.embed)
-                    figures.setdefault(name, {})[caption] = {
-                        key: round(found[key], 3) for key in ("edit right", "attributes", "trajectory")
-                    }
-                    caption += f": right {found['attributes']:.0%}, {found['trajectory']:.1f} px off the path"
+                    found = measure(source, frames, bench.clip, edit)
+                    shown_figures = ("edit right", "all right", "path, px off")
+                    figures.setdefault(name, {})[caption] = {key: round(found[key] or 0, 3) for key in shown_figures}
+                    caption += f": right {found['all right']:.0%}, {found['path, px off']:.1f} px off the path"
                 shown.append((caption, frames))
             sheet = (pictures.contact_sheet(shown, SIDE)[0] * 255).round().byte().numpy()
             Image.fromarray(sheet).quantize(256).save(options.to / f"{name}.png", optimize=True)

@@ -1,1 +1,1 @@
-"""The demo's model: a Stable Diffusion of 7.5 million parameters that comes with the pack."""
+"""The demo's model: a Stable Diffusion of 9.2 million parameters that comes with the pack."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -83,12 +83,6 @@ VISION: dict[str, Any] = {
 _SPECIAL_TOKENS = {"start": 0, "end": 1, "pad": 1}
 
 
-def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings of the UNet that has these weights: with transformers at its lowest level or without."""
-    depth = int(any(key.startswith("input_blocks.5.1.") for key in unet))
-    return {**UNET, "transformer_depth": [1, 1, depth], "transformer_depth_output": [1, 1, 1, 1, depth, depth]}
-
-
 def coarser_groups(unet: torch.nn.Module) -> None:
     """Norm over at least four channels at a time.
 
@@ -152,12 +146,12 @@ class TinyLatents(comfy.latent_formats.SD15):
     def __init__(self) -> None:
         super().__init__()
         self.latent_rgb_factors = [
-            [-0.2533, -0.2754, -0.5927],
-            [-0.0965, 0.1401, -0.0190],
-            [-0.0916, -0.0311, 0.0438],
-            [-0.2492, -0.1351, 0.2347],
+            [-0.1805, -0.1740, -0.3992],
+            [-0.1296, 0.1310, 0.0138],
+            [-0.0353, -0.0500, 0.0513],
+            [-0.2655, -0.1663, 0.0818],
         ]
-        self.latent_rgb_factors_bias = [0.0951, 0.1270, 0.0029]
+        self.latent_rgb_factors_bias = [0.0484, 0.0807, 0.0125]
         # A TAESD for Stable Diffusion's own latents would show something else.
         self.taesd_decoder_name = None
 
@@ -216,7 +210,7 @@ def load(path: Path = WEIGHTS) -> tuple[Any, Any, Any]:
         return {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
 
     unet = part("unet.")
-    config = TinySD(unet_config(unet))
+    config = TinySD(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model(unet, "")
     base.load_model_weights(unet, "")
