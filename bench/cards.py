@@ -24,11 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the clip and the cards."""
     parser.add_argument("--unet", default="sd15", choices=UNET_NAMES)
     parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--frames-per-step", type=int, default=0, help="One-Shot Tune's frames_per_step, 0 = all")
     parser.add_argument("--size", type=int, default=512, help="pixels, square")
     parser.add_argument("--gib", type=float, nargs="+", default=[8, 12, 16, 24, 80], help="memory of the cards")
 
 
-def run(unet: str, frames: int, size: int, gib: list[float]) -> dict[str, Any]:
+def run(unet: str, frames: int, frames_per_step: int, size: int, gib: list[float]) -> dict[str, Any]:
     """Return the plan for each card in half precision, from probes on this machine.
 
     A prediction, not a measurement: a card's kernels save other tensors than the CPU's (an attention's log-sum
@@ -36,14 +37,15 @@ def run(unet: str, frames: int, size: int, gib: list[float]) -> dict[str, Any]:
     """
     with torch.inference_mode():
         model = build_model(UNETS[unet], dtype=PRECISION)
-        with training_unet(model, random_latent(frames, size, size), conditioning(model, 1), PRECISION) as loaded:
-            trainer = Trainer(loaded, TuneSettings())
+        latent, prompt = random_latent(frames, size, size), conditioning(model, 1)
+        with training_unet(model, latent, prompt, PRECISION, frames_per_step) as loaded:
+            trainer = Trainer(loaded, TuneSettings(frames_per_step=frames_per_step))
             costs, trained = trainer.costs, sum(p.numel() for p in trainer.trained.values())
     weights = sum(p.numel() * 2 for p in host.unet_of(model).parameters())
     # The float32 weights that learn, and AdamW's two moments of each.
     learning, moments = 4 * trained, 2 * 4 * trained
     rows = []
-    clip = f"{frames} frames of {size}x{size}"
+    clip = f"{frames} frames of {size}x{size}" + (f", {frames_per_step} a step" if frames_per_step else "")
     parts = {"weights": weights, "learning": learning, "moments": moments}
     print(f"{unet}, {clip}, half precision, GiB:", *(f"{name} {part / 2**30:.2f}" for name, part in parts.items()))
     for level in LEVELS:

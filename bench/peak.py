@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--frames", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="pixels, square")
+    parser.add_argument("--frames-per-step", type=int, default=0, help="One-Shot Tune's frames_per_step, 0 = all")
 
 
-def run(unet: list[str], precision: list[str], frames: list[int], sizes: list[int]) -> dict[str, Any]:
+def run(
+    unet: list[str], precision: list[str], frames: list[int], sizes: list[int], frames_per_step: int = 0
+) -> dict[str, Any]:
     """Return a row per shape, precision and level: predicted and measured GiB beside weights and optimiser."""
     rows = []
     print(f"{'unet':<6}{'clip':>14}{'prec.':>7}{'level':>11}{'predicted':>12}{'measured':>12}{'ratio':>7}")
@@ -31,10 +34,11 @@ def run(unet: list[str], precision: list[str], frames: list[int], sizes: list[in
         with torch.inference_mode():
             model = build_model(UNETS[name])
             for count, size, level in itertools.product(frames, sizes, memory_plan.LEVELS):
-                predicted, measured = _peaks(model, count, size, DTYPES[dtype], level)
+                predicted, measured = _peaks(model, count, size, DTYPES[dtype], level, frames_per_step)
                 row = {
                     "unet": name,
                     "frames": count,
+                    "frames_per_step": frames_per_step,
                     "size": size,
                     "precision": dtype,
                     "level": level,
@@ -54,12 +58,15 @@ def run(unet: list[str], precision: list[str], frames: list[int], sizes: list[in
     return {"rows": rows, "worst": worst}
 
 
-def _peaks(model: Any, frames: int, size: int, precision: torch.dtype, level: memory_plan.Level) -> tuple[float, float]:
+def _peaks(
+    model: Any, frames: int, size: int, precision: torch.dtype, level: memory_plan.Level, frames_per_step: int
+) -> tuple[float, float]:
     """Return predicted and measured bytes of the second step; the first one also makes the optimiser's state."""
     allocations = Allocations()
     latent = random_latent(frames, size, size)
-    with training_unet(model, latent, conditioning(model, 1), precision) as unet:
-        trainer = Trainer(unet, TuneSettings(steps=2))
+    settings = TuneSettings(steps=2, frames_per_step=frames_per_step)
+    with training_unet(model, latent, conditioning(model, 1), precision, frames_per_step) as unet:
+        trainer = Trainer(unet, settings)
         trainer.plan = memory_plan.Plan.all_at(trainer.costs, level)
         steps = iter(trainer)
         next(steps)

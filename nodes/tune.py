@@ -17,6 +17,7 @@ from ..tav_core.motion.file import Motion
 from ..tav_core.motion.low_rank import SEED_KEY
 from ..tav_core.out_of_memory import is_out_of_memory
 from ..tav_core.tuning.checkpoint import Checkpoint
+from ..tav_core.tuning.frame_window import window_length
 from ..tav_core.tuning.trainable import TRAIN_SCOPES
 from ..tav_core.tuning.trainer import Trainer, TuneSettings
 from ..tav_core.tuning.training_unet import training_unet
@@ -31,7 +32,7 @@ from .support.types import CATEGORY, MotionType, search_aliases
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS_PER_LATENT = 8
-REMEDY = "Use fewer frames or a smaller size. If the tuning had ended, it is not run again."
+REMEDY = "Use fewer frames or a smaller size, or set frames_per_step. If the tuning had ended, it is not run again."
 _PREVIEW_SECONDS, _PREVIEW_SIZE, _FRAMES_PER_SECOND = 2.0, 768, 4.0
 
 
@@ -59,7 +60,7 @@ class _Curve:
             return
         frames = LatentFrames(self._trainer.unet.model, anyway=True)
         try:
-            self._clip = self._clip or frames.all(self._trainer.unet.latents)
+            self._clip = self._clip or frames.all(self._trainer.unet.latents[: len(made)])
             self._made, self._made_after = frames.all(made), self._trainer.done
         except Exception as error:
             if not is_out_of_memory(error):
@@ -209,6 +210,16 @@ class OneShotTune(io.ComfyNode):
                     tooltip="GiB that tuning may take beside the model's own weights. With less memory it takes more "
                     "time, because blocks are computed twice. 0 = all that the device has free.",
                 ),
+                io.Int.Input(
+                    "frames_per_step",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Frames that a step sees: the clip's first one, and others in a row, drawn anew for each "
+                    "step. Memory and a step's time then do not grow with the clip. For long clips, 16 to 24. "
+                    "0 = all frames.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, ready to invert and sample."),
@@ -241,6 +252,7 @@ class OneShotTune(io.ComfyNode):
         preview_every: int = 50,
         patience: int = 0,
         memory_budget: float = 0.0,
+        frames_per_step: int = 0,
     ) -> io.NodeOutput:
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
@@ -254,11 +266,16 @@ class OneShotTune(io.ComfyNode):
         inflation = (
             Inflation(carried.inflation.attention, carried.inflation.pool_group_norm) if carried else Inflation()
         )
-        settings = TuneSettings(steps, learning_rate, seed, train_scope, warmup_steps, gradient_clip)
+        settings = TuneSettings(
+            steps, learning_rate, seed, train_scope, warmup_steps, gradient_clip, frames_per_step=frames_per_step
+        )
+        window = window_length(len(samples), frames_per_step)
         with (
             MovingPreview(steps, _FRAMES_PER_SECOND) as preview,
             stoppable(str(cls.hidden.unique_id)) as stop,
-            training_unet(host.without_inflation(model), samples, conditioning, PRECISIONS[precision]) as unet,
+            training_unet(
+                host.without_inflation(model), samples, conditioning, PRECISIONS[precision], frames_per_step
+            ) as unet,
         ):
             trainer = Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)
             curve = _Curve(trainer, preview)
@@ -273,7 +290,7 @@ class OneShotTune(io.ComfyNode):
             if curve.reported < steps:  # it was on disk already, or ended early
                 preview.update(steps)
             learnt, losses = trainer.motion(), trainer.losses
-        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses))
+        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses), window)
         if trainer.temporal_seed is not None:
             metadata[SEED_KEY] = str(trainer.temporal_seed)
         tuned = Motion(learnt.tensors, metadata)
@@ -294,10 +311,11 @@ def _metadata(
     precision: str,
     inflation: Inflation,
     steps: int,
+    window: int | None,
 ) -> dict[str, str]:
-    """Describe how a motion came about, for its file."""
+    """Describe how a motion came about, for its file. ``window``: the frames that a step saw, None for all."""
     height, width = samples.shape[-2:]
-    options = {
+    options: dict[str, Any] = {
         "learning_rate": settings.learning_rate,
         "train_scope": settings.train_scope,
         "precision": precision,
@@ -306,6 +324,8 @@ def _metadata(
         "attention": inflation.attention,
         "group_norm": GROUP_NORM_MODES[0 if inflation.pool_group_norm else 1],
     }
+    if window is not None:
+        options["frames_per_step"] = window
     return {
         "base_family": host.family(model),
         "prediction_type": host.prediction_type(model),

@@ -46,8 +46,10 @@ def tune(
     well, OutOfMemoryError when no plan fits into memory.
     """
     host.check_motion(model, start)
-    with training_unet(host.without_inflation(model), latents, conditioning, precision) as unet:
-        trainer = Trainer(unet, settings or TuneSettings(), inflation, start)
+    settings = settings or TuneSettings()
+    plain, frames_per_step = host.without_inflation(model), settings.frames_per_step
+    with training_unet(plain, latents, conditioning, precision, frames_per_step) as unet:
+        trainer = Trainer(unet, settings, inflation, start)
         for _ in trainer:
             pass
         return trainer.motion(), trainer.losses

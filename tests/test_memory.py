@@ -154,12 +154,12 @@ def fail(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
     """Have the next ``times`` forward passes run out of memory."""
     forward = TrainingUNet.predict
 
-    def scarce(self: TrainingUNet, noisy: Tensor, timestep: int) -> Tensor:
+    def scarce(self: TrainingUNet, *args: Any) -> Tensor:
         nonlocal times
         times -= 1
         if times >= 0:
             raise torch.OutOfMemoryError("injected")
-        return forward(self, noisy, timestep)
+        return forward(self, *args)
 
     monkeypatch.setattr(TrainingUNet, "predict", scarce)
 

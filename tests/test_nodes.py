@@ -178,6 +178,17 @@ def test_a_motion_tells_how_it_came_about(nodes: Any) -> None:
     assert expected.items() <= motion.metadata.items()
     options = json.loads(motion.metadata["options"])
     assert options["train_scope"] == "middle and up" and options["attention"] == "sparse-causal"
+    assert "frames_per_step" not in options
+
+
+def test_tuning_on_windows_is_noted_in_the_motion_and_refused_before_work_where_it_shows_one_frame(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    _, motion, _ = tuned(nodes, model, frames_per_step=2, preview_every=1)
+    assert motion.metadata["frame_count"] == "3" and json.loads(motion.metadata["options"])["frames_per_step"] == 2
+    _, motion, _ = tuned(nodes, model, frames_per_step=3)
+    assert "frames_per_step" not in json.loads(motion.metadata["options"])
+    with pytest.raises(ValueError, match="frames_per_step: with 1 a step would see the first frame alone"):
+        tuned(nodes, model, frames_per_step=1)
 
 
 def test_the_prompt_is_looked_for_upstream() -> None:

@@ -22,6 +22,7 @@ from ..out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..schedule import add_noise, alphas_cumprod, training_target
 from . import early_stop, memory_probe
 from .adamw import AdamW
+from .frame_window import draw_window, window_length
 from .memory_plan import Plan, UnitCost, make_plan
 from .pinned_copy import AsyncCopy, to_device
 from .preview_clip import reconstruct
@@ -50,7 +51,10 @@ PAPER = Inflation()
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """The released configuration. ``gradient_clip`` is a total L2 norm, 0 = off; ``warmup_steps`` linear."""
+    """The released configuration. ``gradient_clip`` is a total L2 norm, 0 = off; ``warmup_steps`` linear.
+
+    ``frames_per_step``: frames that a step sees, the first one among them (``frame_window``); 0 = all.
+    """
 
     steps: int = 500
     learning_rate: float = 3e-5
@@ -59,6 +63,7 @@ class TuneSettings:
     warmup_steps: int = 0
     gradient_clip: float = 1.0
     weight_decay: float = 1e-2
+    frames_per_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Trainer:
     ) -> None:
         self.unet, self.settings, self.inflation, self.patience = unet, settings, inflation, patience
         self._budget = memory_budget
+        # The length of the windows that the clip is tuned in; None for the whole clip in every step.
+        self._window = window_length(len(unet.latents), settings.frames_per_step)
+        if self._window is not None:
+            unet.check_windows()
         self._start = {} if start is None else {key: value.float() for key, value in start.tensors.items()}
         # The seed that all temporal weights were drawn from; None where the start motion does not know its own.
         self.temporal_seed = temporal_seed(start) if start is not None and start.temporal() else settings.seed
@@ -142,18 +151,32 @@ class Trainer:
         """Say whether no step is left: all are done, the run has diverged, or patience is over."""
         return self.done >= self.settings.steps or self.diverged or self._is_out_of_patience()
 
-    def draw(self) -> tuple[int, Tensor]:
-        """Draw the next timestep, uniform over all training timesteps, and noise [frames, c, h, w], on the CPU."""
-        timestep = int(torch.randint(len(self._alpha_bars), (1,), generator=self._generator))
-        return timestep, torch.randn(self.unet.latents.shape, generator=self._generator)
+    @property
+    def frames(self) -> int:
+        """Return the number of frames that a step sees."""
+        return self._window or len(self.unet.latents)
 
-    def train_step(self, timestep: int, noise: Tensor) -> TuneStep:
-        """Take one optimiser step at a timestep with noise [frames, c, h, w]."""
-        return self.update(self.backward(timestep, noise))
+    def draw(self) -> tuple[int, Tensor, Tensor | None]:
+        """Draw the next timestep, uniform over all training timesteps, noise and frames, on the CPU.
 
-    def backward(self, timestep: int, noise: Tensor) -> Tensor:
-        """Return the loss at a timestep with noise [frames, c, h, w]; leaves its gradients in ``trained``."""
+        The noise is [frames, c, h, w] of the frames that the step sees: their numbers, or None for the whole clip.
+        """
+        latents, generator = self.unet.latents, self._generator
+        timestep = int(torch.randint(len(self._alpha_bars), (1,), generator=generator))
+        frames = None if self._window is None else draw_window(len(latents), self._window, generator)
+        return timestep, torch.randn(self.frames, *latents.shape[1:], generator=generator), frames
+
+    def train_step(self, timestep: int, noise: Tensor, frames: Tensor | None = None) -> TuneStep:
+        """Take one optimiser step at a timestep with noise [frames, c, h, w], on some frames or on all."""
+        return self.update(self.backward(timestep, noise, frames))
+
+    def backward(self, timestep: int, noise: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Return the loss at a timestep with noise [frames, c, h, w]; leaves its gradients in ``trained``.
+
+        ``frames``: the numbers of as many frames as ``self.frames``; None for the whole clip.
+        """
         x0, alpha_bar = self.unet.latents, self._alpha_bars[timestep]
+        x0 = x0 if frames is None else x0[frames.to(x0.device)]
         noise = to_device(noise, x0)
         during = f"in step {self.done + 1}"
         _ = self.plan  # made before the attempts, so that its probes are neither a failed step nor part of the peak
@@ -161,7 +184,7 @@ class Trainer:
         def attempt() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
             with memory_probe.measured_peak(self.unet.device) as peak, self._training_forwards():
-                predicted = self.unet.predict(add_noise(x0, noise, alpha_bar), timestep)
+                predicted = self.unet.predict(add_noise(x0, noise, alpha_bar), timestep, frames)
                 target = training_target(x0, noise, alpha_bar, self.unet.prediction)
                 loss = torch.nn.functional.mse_loss(predicted, target)
                 self._scaler.scale(loss).backward()
@@ -175,7 +198,8 @@ class Trainer:
                 raise
             raise OutOfMemoryError(
                 "latent: out of memory, although all activations are recomputed. "
-                "Use fewer frames or a smaller size, or set train_scope to middle and up."
+                "Use fewer frames or a smaller size, set frames_per_step to fewer frames, or set "
+                "train_scope to middle and up."
             ) from error
 
     def update(self, loss: Tensor) -> TuneStep:
@@ -214,11 +238,11 @@ class Trainer:
     def reconstruct(self) -> Tensor | None:
         """Make the clip with the weights as they are now, [frames, c, h, w] in the UNet's scale; see ``preview_clip``.
 
-        Returns None where there is no memory for it.
+        With windows it is the clip's first one. Returns None where there is no memory for it.
         """
         try:
             with swapped(self._forwards):
-                return reconstruct(self.unet)
+                return reconstruct(self.unet, self.frames)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -253,7 +277,9 @@ class Trainer:
         unet = self.unet
         compute = [str(unet.dtype), unet.device.type, unet.prediction, torch.__version__]
         # No step depends on how many follow: a run of more steps resumes from the end of a shorter one.
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "frames_per_step")}
+        if self._window is not None:
+            settings["frames_per_step"] = self._window
         return {
             "settings": settings,
             "temporal_seed": self._drawn_from,
@@ -348,12 +374,12 @@ class Trainer:
 
     @cached_property
     def _forwards(self) -> list[Swap]:
-        return self.unet.forwards(self.inflation, self._weights.layers, self._weights.queries, len(self.unet.latents))
+        return self.unet.forwards(self.inflation, self._weights.layers, self._weights.queries, self.frames)
 
     @cached_property
     def costs(self) -> dict[str, UnitCost]:
         """Measure what each block would hold on to in a step; runs three small probes at first use."""
-        frames, channels, height, width = self.unet.latents.shape
+        channels, height, width = self.unet.latents.shape[1:]
 
         def evaluate(frames: int, height: int, width: int) -> Tensor:
             with swapped(self.unet.forwards(self.inflation, self._weights.layers, self._weights.queries, frames)):
@@ -361,7 +387,7 @@ class Trainer:
 
         gradients = self._weights.gradient_bytes()
         return self._with_relief(
-            lambda: memory_probe.measure(self.unet.module, evaluate, frames, height, width, gradients)
+            lambda: memory_probe.measure(self.unet.module, evaluate, self.frames, height, width, gradients)
         )
 
     @property
@@ -424,8 +450,8 @@ class Trainer:
         if self._budget is None and host.is_ram(self.unet.device) and found.bytes > free:
             raise OutOfMemoryError(
                 f"latent: tuning on it takes {found.bytes / 2**30:.2f} GiB although all activations are recomputed, "
-                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set train_scope "
-                "to middle and up, or close what else takes memory."
+                f"and {free / 2**30:.2f} GiB of memory are free. Use fewer frames or a smaller size, set "
+                "frames_per_step to fewer frames, set train_scope to middle and up, or close what else takes memory."
             )
         if not found.fits:
             needed, given = found.bytes / 2**30, max(found.budget, 0.0) / 2**30

@@ -18,10 +18,11 @@ from ..temporal import TemporalLayer
 from ..unet import parts_of
 from .cast_cache import CastWeightCache
 from .differentiable import TrainingBackend, training_forwards
+from .frame_window import window_length
 
 _NO_MEMORY = (
-    "Use fewer frames or a smaller size, set train_scope to middle and up, or close what else takes memory. The run's "
-    "last written state is kept: queued again, it resumes from there."
+    "Use fewer frames or a smaller size, set frames_per_step to fewer frames, set train_scope to middle and up, or "
+    "close what else takes memory. The run's last written state is kept: queued again, it resumes from there."
 )
 
 
@@ -72,21 +73,33 @@ class TrainingUNet:
         swaps = training_forwards(self.module, queries, self.conditions.context, self.cast_cache.lent, backend)
         return swaps + inflated_forwards(parts_of(self.module), inflation, layers, evaluation, backend)
 
-    def predict(self, noisy: Tensor, timestep: int) -> Tensor:
+    def check_windows(self) -> None:
+        """Refuse a conditioning that windows of the clip cannot follow."""
+        if len(self.conditions.context) > 1:
+            raise Refusal(
+                "frames_per_step",
+                "conditioning has a text embedding for each frame, and the text's keys and values are made once",
+                "Give one sentence for all frames, or set it to 0.",
+            )
+
+    def predict(self, noisy: Tensor, timestep: int, frames: Tensor | None = None) -> Tensor:
         """Return the UNet's output, float32, for noisy latents [frames, c, h, w] in its own scale.
 
-        Conditioning that comes per frame fits the tuned clip; for a clip of another length its first row stands for
-        all. Call it within ``inflate.swapped(self.forwards(...))``.
+        ``frames``: the numbers of the clip's frames that they are; None for all. Conditioning that comes per frame fits
+        the tuned clip; for a clip of another length its first row stands for all. Call it within
+        ``inflate.swapped(self.forwards(...))``.
         """
-        frames = noisy.shape[0]
+        count, whole = noisy.shape[0], len(self.latents)
 
         def rows(value: Tensor) -> Tensor:
-            return value if value.shape[0] == frames else value[:1].expand(frames, *value.shape[1:])
+            if frames is not None and 1 < value.shape[0] == whole:
+                value = value[frames.to(value.device)]
+            return value if value.shape[0] == count else value[:1].expand(count, *value.shape[1:])
 
         x, concat = noisy.to(self.dtype), self.conditions.concat
         if concat is not None:
             x = torch.cat([x, rows(concat)[..., : x.shape[-2], : x.shape[-1]]], dim=1)
-        t = torch.full((frames,), float(timestep), device=self.device)
+        t = torch.full((count,), float(timestep), device=self.device)
         extra = {key: rows(value) for key, value in self.conditions.extra.items()}
         return self.module(x, t, context=rows(self.conditions.context), transformer_options={}, **extra).float()
 
@@ -123,15 +136,19 @@ def _trainable_dtype(model: host.ModelPatcher, precision: torch.dtype | None) ->
 
 @contextmanager
 def training_unet(
-    model: host.ModelPatcher, latents: Tensor, conditioning: host.Conditioning, precision: torch.dtype | None = None
+    model: host.ModelPatcher,
+    latents: Tensor,
+    conditioning: host.Conditioning,
+    precision: torch.dtype | None = None,
+    frames_per_step: int = 0,
 ) -> Iterator[TrainingUNet]:
     """Load a MODEL for tuning and leave inference mode, for as long as the context lasts.
 
     ``model``: a MODEL without inflation; LoRAs on it are part of what is tuned on. ``latents``: the clip
     [frames, c, h, w] in the host's LATENT scale. ``conditioning``: one prompt. ``precision``: compute dtype, None for
-    the model's own. Nodes run in inference mode, where nothing can be differentiated. The loaded weights stay the
-    host's and are only read. Raises ValueError for a model that cannot be tuned, and turns allocations that fail
-    inside into OutOfMemoryError.
+    the model's own. ``frames_per_step``: as in the settings, so that loading leaves room for as many. Nodes run in
+    inference mode, where nothing can be differentiated. The loaded weights stay the host's and are only read. Raises
+    ValueError for a model that cannot be tuned, and turns allocations that fail inside into OutOfMemoryError.
     """
     with naming_input("latent", _NO_MEMORY):
         host.check_model(model)
@@ -139,7 +156,8 @@ def training_unet(
             logging.warning("Tune-A-Video: tuning runs without %s; sampling uses them", " and ".join(left_out))
         dtype = _trainable_dtype(model, precision)
         model = host.without_injections(model)
-        host.load_for_training(model, latents.shape)
+        length = window_length(len(latents), frames_per_step) or len(latents)
+        host.load_for_training(model, latents[:length].shape)
         with torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)
             module = host.unet_of(model)

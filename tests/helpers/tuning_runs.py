@@ -30,7 +30,7 @@ def trainer_of(
 ) -> Iterator[Trainer]:
     """A trainer on a loaded model; ``options`` go to it."""
     host.check_motion(model, options.get("start"))
-    with training_unet(model, latents, conditioning, precision) as unet:
+    with training_unet(model, latents, conditioning, precision, settings.frames_per_step) as unet:
         yield Trainer(unet, settings, **options)
 
 
