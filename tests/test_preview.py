@@ -178,8 +178,8 @@ def test_a_tuning_is_stopped_by_its_nodes_number(node: Context, monkeypatch: pyt
 
     monkeypatch.setattr(node.module, "Trainer", Stopping)
     _, motion, curve = node.tune(33)
-    # Node 3 of the subgraph that is node 4 of the graph.
-    assert asked == [[], [], ["4:3"]]
+    # Node 3 of the subgraph that is node 4 of the graph: "4" asks what runs in it, "3" is another node.
+    assert asked == [[], ["4:3"], []]
     assert motion.metadata["steps"] == "3" and curve.isfinite().all()
     assert stop.request_stop(None) == []
 
