@@ -15,7 +15,14 @@ MODULES = {
 }
 # A module imports only from floors below its own, or from its own folder.
 FLOORS = (
-    ("tav_core.errors", "tav_core.out_of_memory", "tav_core.attention", "tav_core.norm", "tav_core.schedule"),
+    (
+        "tav_core.errors",
+        "tav_core.out_of_memory",
+        "tav_core.attention",
+        "tav_core.norm",
+        "tav_core.convolution",
+        "tav_core.schedule",
+    ),
     ("tav_core.unet", "tav_core.invert", "tav_core.sample"),
     ("tav_core.temporal",),
     ("tav_core.inflate",),
@@ -25,7 +32,13 @@ FLOORS = (
     ("tav_core.pipeline",),
     ("nodes",),
 )
-PURE = ("tav_core.tuning.memory_plan", "tav_core.attention", "tav_core.norm", "tav_core.schedule")
+PURE = (
+    "tav_core.tuning.memory_plan",
+    "tav_core.attention",
+    "tav_core.norm",
+    "tav_core.convolution",
+    "tav_core.schedule",
+)
 
 
 def imports(name: str, path: Path) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tune_a_video.tav_core import convolution
 from tune_a_video.tav_core.tuning.frozen_layers import Lend, frozen_conv2d, frozen_linear, gated_gelu
 
 
@@ -51,7 +52,11 @@ def test_linear(bias: bool) -> None:
 
 @pytest.mark.parametrize(("stride", "padding", "kernel"), [(1, 1, 3), (2, 1, 3), (1, 0, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 6), (5, 7)])
-def test_conv2d(stride: int, padding: int, kernel: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("as_product", [True, False])
+def test_conv2d(
+    stride: int, padding: int, kernel: int, size: tuple[int, int], as_product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "_CHANNELS_A_POSITION", 0 if as_product else 10**6)
     check(lambda: torch.nn.Conv2d(4, 6, kernel, stride, padding), frozen_conv2d, torch.randn(3, 4, *size))
 
 

@@ -24,6 +24,7 @@ from ..unet import Parts, Tree, parts_of
 from .controlled import control_of
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
+from .on_cpu import cpu_forwards
 from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames, window_frames
 
@@ -191,7 +192,7 @@ class _Forwards:
     """The forwards of an inflated UNet, and all that they were made of: they serve until that changes.
 
     ``added``: the layers of ``_added_layers``. ``replaced``: modules, and the forwards of other packs that ours call.
-    ``swaps``: with edit control, and without.
+    ``swaps``: with edit control, and without. ``on_cpu``: more of them, for that device.
     """
 
     tree: Tree
@@ -200,6 +201,7 @@ class _Forwards:
     replaced: list[tuple[torch.nn.Module, Forward | None]]
     evaluation: Evaluation
     swaps: dict[bool, list[Swap]]
+    on_cpu: list[Swap]
 
     def serve(self, added: torch.nn.Module) -> bool:
         """Say whether they can be used for a call with these layers beside the UNet."""
@@ -219,8 +221,10 @@ def _make_forwards(
         controlled: [*inflated_forwards(parts, inflation, layers, evaluation, backend, controlled), *deltas]
         for controlled in (False, True)
     }
-    replaced = [(module, own_forward(module)) for module in (*parts.blocks.values(), *queries.values())]
-    return _Forwards(Tree(unet), parts, added, replaced, evaluation, swaps)
+    on_cpu = cpu_forwards(unet, parts.blocks, evaluation)
+    called = (*parts.blocks.values(), *queries.values(), *(module for module, _ in on_cpu))
+    replaced = [(module, own_forward(module)) for module in called]
+    return _Forwards(Tree(unet), parts, added, replaced, evaluation, swaps, on_cpu)
 
 
 def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strength: float) -> None:
@@ -245,6 +249,8 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
         evaluation = Evaluation(layout, first_frames.lookup(layout, transformer_options), control)
         forwards = forwards_for(unet, _layers_of(base_model, root))
         swaps = forwards.swaps[control is not None]
+        if x.device.type == "cpu":
+            swaps = [*forwards.on_cpu, *swaps]
         hooks: AbstractContextManager[None] = nullcontext()
         if control is not None:
             swaps = [*swaps, *control.swaps(forwards.parts.blocks, backend.attend)]

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..convolution import conv2d, is_product
+
 WeightAndBias = tuple[Tensor, Tensor | None]
 # Lends a layer's weight and bias in the dtype and on the device of the given tensor.
 Lend = Callable[[Tensor], AbstractContextManager[WeightAndBias]]
@@ -37,29 +39,12 @@ class _FrozenLinear(torch.autograd.Function):
             return (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], -1), None
 
 
-# On the CPU the library's convolution first copies its weights into an order of its own. With fewer output positions
-# than this the copy costs more than the products themselves (three to five times, measured at 8 frames).
-_FEW_POSITIONS = 96
-
-
-def _as_product(x: Tensor, module: torch.nn.Conv2d) -> bool:
-    """Say whether a convolution is faster as one matrix product over unfolded patches."""
-    positions = x.shape[0] * x.shape[2] * x.shape[3]
-    return x.device.type == "cpu" and positions <= _FEW_POSITIONS and module.groups == 1
-
-
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: torch.nn.Conv2d, lend: Lend) -> Tensor:
         ctx.module, ctx.lend, ctx.shape = module, lend, x.shape
         with lend(x) as (weight, bias):
-            if not _as_product(x, module):
-                return module._conv_forward(x, weight, bias)
-            patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-            # Frames and positions on one axis: as a batch of products each frame would read all weights again.
-            out = F.linear(rearrange(patches, "f c n -> (f n) c"), weight.flatten(1), bias)
-            height, width = _out_size(x, module)
-            return rearrange(out, "(f h w) c -> f c h w", h=height, w=width).contiguous()
+            return conv2d(x, module, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -67,7 +52,7 @@ class _FrozenConv2d(torch.autograd.Function):
         with ctx.lend(grad) as (weight, _):
             # Only the shape of the input enters its gradient.
             x = grad.new_empty(1).expand(shape)
-            if _as_product(x, m):
+            if is_product(x, m):
                 patches = rearrange(grad, "f c h w -> (f h w) c") @ weight.flatten(1)
                 patches = rearrange(patches, "(f n) c -> f c n", f=shape[0])
                 return F.fold(patches, shape[2:], m.kernel_size, m.dilation, m.padding, m.stride), None, None
@@ -75,14 +60,6 @@ class _FrozenConv2d(torch.autograd.Function):
                 grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
             )
             return dx, None, None
-
-
-def _out_size(x: Tensor, m: torch.nn.Conv2d) -> list[int]:
-    """Return height and width of a convolution's output."""
-    return [
-        (x.shape[2 + i] + 2 * int(m.padding[i]) - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1
-        for i in range(2)
-    ]
 
 
 class _GatedGelu(torch.autograd.Function):
