@@ -78,7 +78,7 @@ def test_fixed_memory_is_refused_before_it_is_allocated(monkeypatch: pytest.Monk
     monkeypatch.setattr(trainer_module, "trainable_weights", counted)
     monkeypatch.setattr(host, "free_memory", lambda device: needed - 1)
     with (
-        pytest.raises(OutOfMemoryError, match=r"train_scope: all takes .* free\. Set it to middle and up .*set rank to 32"),
+        pytest.raises(OutOfMemoryError, match=r"train_scope: all takes .* Set it to middle and up .*set rank to 32"),
         trainer_of(model, LATENTS, CONDITIONING, TuneSettings()),
     ):
         pass
