@@ -9,6 +9,7 @@ import torch
 from steps import UNET_NAMES, conditioning, random_latent
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.tuning.memory_plan import LEVELS, Plan, make_plan
+from tune_a_video.tav_core.tuning.trainable import frozen_bytes
 from tune_a_video.tav_core.tuning.trainer import SHARE_OF_FREE_MEMORY, Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 from unets import UNETS, build_model
@@ -26,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--frames-per-step", type=int, default=0, help="One-Shot Tune's frames_per_step, 0 = all")
     parser.add_argument("--size", type=int, default=512, help="pixels, square")
+    parser.add_argument("--rank", type=int, default=0, help="0: whole matrices learn")
     parser.add_argument("--gib", type=float, nargs="+", default=[8, 12, 16, 24, 80], help="memory of the cards")
 
 
-def run(unet: str, frames: int, frames_per_step: int, size: int, gib: list[float]) -> dict[str, Any]:
+def run(unet: str, frames: int, frames_per_step: int, size: int, rank: int, gib: list[float]) -> dict[str, Any]:
     """Return the plan for each card in half precision, from probes on this machine.
 
     A prediction, not a measurement: a card's kernels save other tensors than the CPU's (an attention's log-sum
@@ -39,11 +41,12 @@ def run(unet: str, frames: int, frames_per_step: int, size: int, gib: list[float
         model = build_model(UNETS[unet], dtype=PRECISION)
         latent, prompt = random_latent(frames, size, size), conditioning(model, 1)
         with training_unet(model, latent, prompt, PRECISION, frames_per_step) as loaded:
-            trainer = Trainer(loaded, TuneSettings(frames_per_step=frames_per_step))
+            trainer = Trainer(loaded, TuneSettings(frames_per_step=frames_per_step, rank=rank))
             costs, trained = trainer.costs, sum(p.numel() for p in trainer.trained.values())
+            frozen = frozen_bytes(loaded.module, "all", rank, PRECISION)
     weights = sum(p.numel() * 2 for p in host.unet_of(model).parameters())
-    # The float32 weights that learn, and AdamW's two moments of each.
-    learning, moments = 4 * trained, 2 * 4 * trained
+    # The float32 weights that learn with the frozen ones that a rank adds to, and AdamW's two moments of each.
+    learning, moments = 4 * trained + frozen, 2 * 4 * trained
     rows = []
     clip = f"{frames} frames of {size}x{size}" + (f", {frames_per_step} a step" if frames_per_step else "")
     parts = {"weights": weights, "learning": learning, "moments": moments}
@@ -61,4 +64,4 @@ def run(unet: str, frames: int, frames_per_step: int, size: int, gib: list[float
         print(f"{card:>5.0f} GiB card: {plan}{where}; {total:.1f} GiB in all{fits}")
         row = {"card_gib": card, "plan": str(plan), "offload": not resident, "total_gib": total, "fits": not fits}
         rows.append(row)
-    return {"unet": unet, "clip": clip, "cards": rows}
+    return {"unet": unet, "clip": clip, "rank": rank, "cards": rows}

@@ -35,7 +35,7 @@ class Step:
 
     kind: "tune-step", "invert-step", "sample-step" or "controlled-step" (sampling with the clip's queries and keys in
     every step). height, width: pixels. steps: timed steps, after `warmup` others.
-    budget: GiB, the node's memory_budget. train_scope, plan and budget concern tuning steps only.
+    budget: GiB, the node's memory_budget. train_scope, plan, budget and rank concern tuning steps only.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Step:
     train_scope: str = "all"
     plan: str = "auto"
     budget: float | None = None
+    rank: int = 0
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--train-scope", default=Step.train_scope, choices=list(SCOPES))
         parser.add_argument("--plan", default=Step.plan, choices=["auto", "keep", "selective", "recompute"])
         parser.add_argument("--budget", type=float, help="GiB, the node's memory_budget")
+        parser.add_argument("--rank", type=int, default=Step.rank, help="0: whole matrices learn")
 
 
 def run(**fields: Any) -> dict[str, Any]:
@@ -128,7 +130,8 @@ def time_steps(step: Step, model: Any) -> tuple[list[float], float]:
 
 def tune(step: Step, model: Any, steps: int, on_step: OnStep) -> None:
     """Run tuning steps through the code that the node runs."""
-    settings = TuneSettings(steps=steps, train_scope=SCOPES[step.train_scope])  # type: ignore[arg-type]
+    scope: Any = SCOPES[step.train_scope]
+    settings = TuneSettings(steps=steps, train_scope=scope, rank=step.rank)
     budget = None if step.budget is None else step.budget * 2**30
     latent = random_latent(step.frames, step.height, step.width)
     with training_unet(model, latent, conditioning(model, 1), DTYPES[step.precision]) as unet:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..tav_core.errors import Refusal
 from ..tav_core.motion.file import load_motion
-from ..tav_core.motion.low_rank import expand
+from ..tav_core.motion.low_rank import outline
 from .support.memory import memory_explained
 from .support.motions import FOLDER, path_of_motion
 from .support.paths import LONGEST_NAME
@@ -55,7 +55,9 @@ class LoadMotion(io.ComfyNode):
         if path is None:
             name = str(file)[:LONGEST_NAME]
             raise Refusal("file", f"{name} is not in the models folder {FOLDER}", "Refresh the list and choose again.")
-        return io.NodeOutput(expand(load_motion(Path(path))))
+        motion = load_motion(Path(path))
+        outline(motion)  # raises for one of low rank that is damaged; what uses it expands it
+        return io.NodeOutput(motion)
 
 
 NODES = [LoadMotion]

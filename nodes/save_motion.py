@@ -65,7 +65,8 @@ class SaveMotion(io.ComfyNode):
         kept = ""
         if rank:
             motion = compress(motion, rank)
-            kept = f" (keeps {float(motion.metadata[KEPT_KEY]):.0%} of the learnt change)"
+            if share := motion.metadata.get(KEPT_KEY):  # not where a low rank was learnt as such
+                kept = f" (keeps {float(share):.0%} of the learnt change)"
         root = folder_paths.get_folder_paths(FOLDER)[0]
         with disk_explained(_OPTION):
             folder, name, _ = next_name(filename_prefix, root, _EXAMPLE)

@@ -24,6 +24,7 @@ from .errors import Refusal
 from .inflate import Inflation
 from .invert import ddim_invert
 from .motion.file import Motion
+from .motion.low_rank import for_rank
 from .sample import ddim_sample
 from .tuning.trainer import PAPER, Trainer, TuneSettings
 from .tuning.training_unet import training_unet
@@ -40,13 +41,15 @@ def tune(
 ) -> tuple[Motion, list[float]]:
     """Tune a MODEL on one clip (paper, section 4.2); return the motion, float32, and the loss of every step.
 
-    An inflation that the model carries is replaced by ``inflation``. ``start``: a motion to go on from.
+    An inflation that the model carries is replaced by ``inflation``. ``start``: a motion to go on from, of the
+    settings' rank. At a rank above 0 the result is one of low rank, which everything that takes a motion expands.
     ``precision``: compute dtype, None for the model's own. For progress, checkpoints or an early end iterate
     ``tuning.trainer.Trainer``. Raises ValueError for inputs that don't fit together, RuntimeError when no step went
     well, OutOfMemoryError when no plan fits into memory.
     """
-    host.check_motion(model, start)
     settings = settings or TuneSettings()
+    host.check_motion(model, start)
+    start = start and for_rank(start, settings.rank)
     plain, frames_per_step = host.without_inflation(model), settings.frames_per_step
     with training_unet(plain, latents, conditioning, precision, frames_per_step) as unet:
         trainer = Trainer(unet, settings, inflation, start)

@@ -12,7 +12,7 @@ from tune_a_video.tav_core import host
 from tune_a_video.tav_core.host import cgroup
 from tune_a_video.tav_core.out_of_memory import OutOfMemoryError
 from tune_a_video.tav_core.tuning import trainer as trainer_module
-from tune_a_video.tav_core.tuning.trainable import TRAIN_SCOPES, TrainScope, trained_bytes
+from tune_a_video.tav_core.tuning.trainable import TRAIN_SCOPES, TrainScope, frozen_bytes, trained_bytes
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
 from tuning_runs import run, trainer_of
 from unets import UNETS, build_model
@@ -54,10 +54,15 @@ def test_free_memory_is_within_the_containers_limit(monkeypatch: pytest.MonkeyPa
     assert host.free_memory(torch.device("cpu")) == 1234.0
 
 
+@pytest.mark.parametrize("rank", [0, 4, 128])
 @pytest.mark.parametrize("scope", TRAIN_SCOPES)
-def test_what_learns_is_reckoned_as_it_is_built(scope: TrainScope) -> None:
-    with trainer_of(build_model(UNETS["tiny"]), LATENTS, CONDITIONING, TuneSettings(train_scope=scope)) as trainer:
-        assert trained_bytes(trainer.unet.module, scope) == sum(value.nbytes for value in trainer.trained.values())
+def test_what_learns_is_reckoned_as_it_is_built(scope: TrainScope, rank: int) -> None:
+    settings = TuneSettings(train_scope=scope, rank=rank)
+    with trainer_of(build_model(UNETS["tiny"]), LATENTS, CONDITIONING, settings, torch.bfloat16) as trainer:
+        unet = trainer.unet.module
+        assert trained_bytes(unet, scope, rank) == sum(value.nbytes for value in trainer.trained.values())
+        frozen = [value for name, value in trainer._weights.temporal.named_buffers() if name.endswith("frozen")]
+        assert frozen_bytes(unet, scope, rank, torch.bfloat16) == sum(value.nbytes for value in frozen)
 
 
 def test_fixed_memory_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +78,14 @@ def test_fixed_memory_is_refused_before_it_is_allocated(monkeypatch: pytest.Monk
     monkeypatch.setattr(trainer_module, "trainable_weights", counted)
     monkeypatch.setattr(host, "free_memory", lambda device: needed - 1)
     with (
-        pytest.raises(OutOfMemoryError, match=r"train_scope: all takes .* GiB .* free\. Set it to middle and up"),
+        pytest.raises(OutOfMemoryError, match=r"train_scope: all takes .* Set it to middle and up .*set rank to 32"),
         trainer_of(model, LATENTS, CONDITIONING, TuneSettings()),
     ):
         pass
     monkeypatch.setattr(host, "free_memory", lambda device: 1)
     with (
         pytest.raises(OutOfMemoryError, match=r"train_scope: middle and up takes .* free\. Close what else"),
-        trainer_of(model, LATENTS, CONDITIONING, TuneSettings(train_scope="middle and up")),
+        trainer_of(model, LATENTS, CONDITIONING, TuneSettings(train_scope="middle and up", rank=4)),
     ):
         pass
     assert not built

@@ -248,6 +248,27 @@ def test_motions_are_saved_and_loaded_by_name(nodes: Any) -> None:
         nodes.load.execute("absent.safetensors")
 
 
+def test_a_motion_of_low_rank_is_saved_as_it_is_and_gives_the_same_edit(nodes: Any) -> None:
+    model = build_model(UNETS["tiny"])
+    out, motion, _ = tuned(nodes, model, learning_rate=1e-2, rank=4)
+    saved = nodes.save.execute(motion, "thin")
+    assert saved.ui == {"text": [saved.result[0]]} and "rank" in motion.metadata
+    read = nodes.load.execute(Path(saved.result[0]).name).result[0]
+    assert read.metadata == motion.metadata and read.tensors.keys() == motion.tensors.keys()
+    inflated = nodes.inflate.execute(model, "sparse-causal", "over frames", 1.0, 1.0, read).result[0]
+    ours, theirs = (
+        sampled(nodes, each, nodes.invert.execute(each, clip(), conditioning(model), 3).result[0])["samples"]
+        for each in (out, inflated)
+    )
+    assert torch.equal(ours, theirs)
+    # From the file, from the model, and as a whole motion it goes on.
+    from_file, from_model = tuned(nodes, model, motion=read, rank=4)[1], tuned(nodes, inflated, rank=4)[1]
+    assert all(torch.equal(value, from_model.tensors[key]) for key, value in from_file.tensors.items())
+    assert "rank" not in tuned(nodes, inflated)[1].metadata
+    with pytest.raises(ValueError, match="^rank: a run of rank 8 cannot go on from a motion of rank 4"):
+        tuned(nodes, inflated, rank=8)
+
+
 @pytest.mark.parametrize("prefix", ["../motion", "/motion"])
 def test_a_motion_is_not_saved_outside_its_folder(nodes: Any, prefix: str) -> None:
     with pytest.raises(Exception, match="[Ss]av"):

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import Refusal
 from ..inflate import Evaluation, Forward, Inflation, Layout, Swap, inflated_forwards, own_forward, swapped
 from ..motion.file import Motion, check_fits
+from ..motion.low_rank import UP, expand, outline
 from ..temporal import add_queries, build_temporal, query_layers, temporal_layers
 from ..unet import Parts, Tree, parts_of
 from .controlled import control_of
@@ -35,15 +36,15 @@ _WRAPPED = ("apply_model", "predict_noise", "outer_sample")
 
 @dataclass(frozen=True)
 class InflationRecord:
-    """Inflation and motion that ``inflate_model`` put on a MODEL, kept with it so that they can be taken off again."""
+    """Inflation and motion that ``inflate_model`` put on a MODEL, kept with it so that they can be taken off again.
+
+    ``deltas``: the tensors of query deltas, by the path of their weight; weight patches hold these very objects.
+    """
 
     inflation: Inflation
     motion: Motion | None
     query_strength: float
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Return the tensors of query deltas, by the path of their weight: weight patches hold these very objects."""
-        return {} if self.motion is None else self.motion.query_deltas()
+    deltas: Mapping[str, Tensor]
 
 
 class _HostBackend:
@@ -73,7 +74,7 @@ def inflation_of(model: ModelPatcher) -> InflationRecord | None:
 def check_motion(model: ModelPatcher, motion: Motion | None) -> None:
     """Refuse a motion that does not fit a MODEL (ValueError)."""
     if motion is not None:
-        check_fits(motion, query_shapes(model), family(model))
+        check_fits(outline(motion), query_shapes(model), family(model))
 
 
 def inflate_model(
@@ -93,18 +94,20 @@ def inflate_model(
     check_motion(model, motion)
     inflated: Any = without_inflation(model)
     root = torch.nn.Module()
+    deltas: dict[str, Tensor] = {}
     if motion is not None:
-        deltas = motion.query_deltas()
+        whole = expand(motion)
+        deltas = whole.query_deltas()
         coarse = {k: v for k, v in deltas.items() if is_coarse(unet.get_submodule(k.removesuffix(".weight")))}
         patches = {UNET_PREFIX + k: ("diff", (delta,)) for k, delta in deltas.items() if k not in coarse}
         inflated.add_patches(patches, query_strength)
-        build = partial(_added_layers, unet, motion.temporal(), coarse, inference_dtype(inflated))
+        build = partial(_added_layers, unet, whole.temporal(), coarse, inference_dtype(inflated))
         root = build()
         if len(root._modules) and hasattr(inflated, "set_additional_models"):
             inflated.set_additional_models(_KEY, [_patcher(build, root, inflated)])
     _wrap(inflated, inflation, root, query_strength)
     if hasattr(inflated, "set_attachments"):
-        inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength))
+        inflated.set_attachments(_KEY, InflationRecord(inflation, motion, query_strength, deltas))
     return inflated
 
 
@@ -298,7 +301,7 @@ def without_inflation(model: ModelPatcher) -> Any:
     clone: Any = model.clone()
     if record is None:
         return clone
-    deltas = record.deltas()
+    deltas = record.deltas
     ours = {id(delta) for delta in deltas.values()}
     for path in deltas:
         key = UNET_PREFIX + path
@@ -320,15 +323,20 @@ def _holds(patch: tuple[Any, ...], tensors: set[int]) -> bool:
     return isinstance(value, tuple) and value[0] == "diff" and id(value[1][0]) in tensors
 
 
-def carried_motion(model: ModelPatcher) -> Motion | None:
-    """Return the motion that a MODEL carries, at the strengths it carries it with; None for none."""
+def carried_motion(model: ModelPatcher, whole: bool = True) -> Motion | None:
+    """Return the motion that a MODEL carries, at the strengths it carries it with; None for none.
+
+    ``whole``: expand one of low rank.
+    """
     record = inflation_of(model)
     if record is None or record.motion is None:
         return None
+    motion = expand(record.motion) if whole else record.motion
     strength = {".diff": record.query_strength, ".to_out.0.weight": record.inflation.temporal_strength}
     strength[".to_out.0.bias"] = strength[".to_out.0.weight"]
+    # Of two factors the first is scaled; the second has a suffix that none of these is.
     scaled = {
-        key: value * next((s for suffix, s in strength.items() if key.endswith(suffix)), 1.0)
-        for key, value in record.motion.tensors.items()
+        key: value * next((s for suffix, s in strength.items() if key.removesuffix(UP).endswith(suffix)), 1.0)
+        for key, value in motion.tensors.items()
     }
-    return replace(record.motion, tensors=scaled)
+    return replace(motion, tensors=scaled)

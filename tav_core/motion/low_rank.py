@@ -7,11 +7,14 @@ makes again. Truncated singular value decompositions, as LoRA extraction does it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..errors import Refusal
 from ..out_of_memory import is_out_of_memory
 from ..temporal import draw_temporal
 from .file import Motion
@@ -28,9 +31,15 @@ _OVERSAMPLING, _PASSES = 8, 4
 def compress(motion: Motion, rank: int) -> Motion:
     """The motion with every matrix [n, m] as ``up`` [n, rank] and ``down`` [rank, m], float16.
 
-    Metadata says how much is kept: 1 minus the squared relative error of all that tuning changed. Raises
-    ValueError for a motion that does not know the seed of its temporal weights (an older file).
+    Metadata says how much is kept: 1 minus the squared relative error of all that tuning changed. A motion of that rank
+    or a lower one is returned as it is. Raises ValueError for a motion that does not know the seed of its temporal
+    weights (an older file).
     """
+    if RANK_KEY in motion.metadata and all(
+        len(down) <= rank for key, down in motion.tensors.items() if key.endswith(DOWN)
+    ):
+        return motion
+    motion = expand(motion)
     seed = temporal_seed(motion)
     if seed is None:
         raise ValueError(
@@ -65,6 +74,25 @@ def temporal_seed(motion: Motion) -> int | None:
         return None
 
 
+def outline(motion: Motion) -> Motion:
+    """Return what ``expand`` would give with tensors that have shapes and no values; a whole motion as it is.
+
+    Raises ValueError for a file that lacks one of the factors or says nothing sensible about its blocks.
+    """
+    if RANK_KEY not in motion.metadata:
+        return motion
+    _check_size(motion.tensors)
+    with _incomplete():
+        tensors = {key: value for key, value in motion.tensors.items() if not key.endswith((UP, DOWN))}
+        for key, up in motion.tensors.items():
+            if key.endswith(UP):
+                name = key.removesuffix(UP)
+                tensors[name] = up.to("meta") @ motion.tensors[name + DOWN].to("meta", up.dtype)
+        if _blocks(tensors):
+            int(motion.metadata[SEED_KEY])
+    return Motion(tensors, {key: value for key, value in motion.metadata.items() if key != RANK_KEY})
+
+
 def expand(motion: Motion) -> Motion:
     """The motion that a compressed one stands for, float16; any other one as it is.
 
@@ -72,25 +100,48 @@ def expand(motion: Motion) -> Motion:
     """
     if RANK_KEY not in motion.metadata:
         return motion
-    _check_size(motion.tensors)
+    whole, given = outline(motion), motion.tensors
+    blocks, tensors = _blocks(whole.tensors), {}
+
+    @lru_cache(maxsize=1)  # a block at a time: the weights that SDXL's began with take 1.6 GB
+    def initial(block: str) -> dict[str, Tensor]:
+        return draw_temporal({block: blocks[block]}, int(motion.metadata[SEED_KEY]))
+
+    with _incomplete():
+        for key in sorted(whole.tensors):
+            up = given.get(key + UP)
+            value = given[key].float() if up is None else up.float() @ given[key + DOWN].float()
+            block = key.partition(".attn_temp.")[0]
+            if block in blocks and value.ndim == 2 and key in initial(block):
+                value = value + initial(block)[key]
+            tensors[key] = value.to("cpu", torch.float16).contiguous()
+    return Motion(tensors, whole.metadata)
+
+
+def for_rank(motion: Motion, rank: int) -> Motion:
+    """Return a motion as a run of a rank starts from it, whole for rank 0. Raises Refusal for one of another rank."""
+    if not rank:
+        return expand(motion)
+    own = motion.metadata.get(RANK_KEY)
+    if own == str(rank):
+        return motion
+    kind, remedy = ("a whole motion", "0") if own is None else (f"a motion of rank {own[:20]}", own[:20])
+    raise Refusal(
+        "rank", f"a run of rank {rank} cannot go on from {kind}", f"Set it to {remedy}, or start without a motion."
+    )
+
+
+@contextmanager
+def _incomplete() -> Iterator[None]:
+    """Say of a file whose factors do not fit together that it is incomplete."""
     try:
-        tensors = {key: value for key, value in motion.tensors.items() if not key.endswith((UP, DOWN))}
-        for key, up in motion.tensors.items():
-            if key.endswith(UP):
-                name = key.removesuffix(UP)
-                tensors[name] = up.float() @ motion.tensors[name + DOWN].float()
-        initial = draw_temporal(_blocks(tensors), int(motion.metadata[SEED_KEY]))
-        for key, value in tensors.items():
-            if key in initial and value.ndim == 2:
-                value += initial[key]
+        yield
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(
             f"file: its low-rank weights are incomplete ({error}). Copy it again, or tune again."
         ) from error
-    metadata = {key: value for key, value in motion.metadata.items() if key != RANK_KEY}
-    return Motion(tensors, metadata).to(torch.float16)
 
 
 def _check_size(tensors: Mapping[str, Tensor]) -> None:

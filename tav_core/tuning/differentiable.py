@@ -15,7 +15,8 @@ from .. import host
 from ..attention import attend
 from ..inflate import Forward, Swap
 from ..unet import transformer_blocks
-from .frozen_layers import WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
+from .factors import Factors
+from .frozen_layers import Lend, WeightAndBias, frozen_conv2d, frozen_linear, gated_gelu
 
 # Lends weight and bias of a layer of the UNet in the dtype and on the device of the given tensor.
 LendLayer = Callable[[torch.nn.Module, Tensor], AbstractContextManager[WeightAndBias]]
@@ -49,6 +50,10 @@ def _query(weight: Tensor) -> Forward:
     return lambda x: F.linear(x, weight.to(x.dtype))
 
 
+def _changed_query(change: Factors, lend: Lend) -> Forward:
+    return lambda x: frozen_linear(x, lend) + change(x)
+
+
 def _group_norm(norm: torch.nn.GroupNorm, backend: TrainingBackend) -> Forward:
     return lambda x: F.group_norm(x, norm.num_groups, *backend.kept_affine(norm, x), norm.eps)
 
@@ -79,7 +84,7 @@ def _cross_attention(attn: Any, context: Tensor, lend: LendLayer) -> Forward:
 
 def training_forwards(
     unet: torch.nn.Module,
-    queries: Mapping[str, Tensor],
+    queries: Mapping[str, Tensor | Factors],
     context: Tensor,
     lend: LendLayer,
     backend: TrainingBackend,
@@ -87,13 +92,16 @@ def training_forwards(
     """Return forwards for tuning, to be swapped in together with those of ``inflate.inflated_forwards`` after them.
 
     ``queries``: query projection weights [inner, c] by path, float32, those that learn and those that merely
-    differ from the UNet's. ``context``: text embedding, [1, tokens, c] for all frames or [frames, tokens, c].
-    Every other layer becomes frozen: no weight gradient, no saved input.
+    differ from the UNet's; or their changes as factors. ``context``: text embedding, [1, tokens, c] for all frames or
+    [frames, tokens, c]. Every other layer becomes frozen: no weight gradient, no saved input.
     """
     swaps: list[Swap] = []
     for path, module in unet.named_modules():
-        if f"{path}.weight" in queries:
-            swaps.append((module, _query(queries[f"{path}.weight"])))
+        query = queries.get(f"{path}.weight")
+        if isinstance(query, Factors):
+            swaps.append((module, _changed_query(query, partial(lend, module))))
+        elif query is not None:
+            swaps.append((module, _query(query)))
         elif len(shape := host.weight_shape(module) or ()) == 2:
             swaps.append((module, partial(frozen_linear, lend=partial(lend, module))))
         elif len(shape) == 4:

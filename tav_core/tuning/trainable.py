@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..motion.file import QUERY_SUFFIX, Motion
+from ..motion.low_rank import DOWN, UP
 from ..temporal import TemporalLayer, build_temporal, initial_temporal, temporal_layers
 from ..unet import transformer_blocks
+from .factors import FactoredLinear, Factors, fresh_factors, rescaled
 from .training_unet import TrainingUNet
 
 TrainScope = Literal["all", "middle and up"]
@@ -27,17 +29,27 @@ def in_scope(path: str, scope: TrainScope) -> bool:
     return scope == "all" or not path.startswith("input_blocks.")
 
 
-def trained_bytes(unet: torch.nn.Module, scope: TrainScope) -> int:
-    """Return the bytes of the weights that learn, float32, without building them."""
+def trained_bytes(unet: torch.nn.Module, scope: TrainScope, rank: int = 0) -> int:
+    """Return the bytes of the weights that learn, float32, without building them. ``rank``: 0 for whole matrices."""
     numbers = 0
     for path, block in transformer_blocks(unet).items():
         if in_scope(path, scope):
-            queries = (block.attn1.to_q, block.attn2.to_q)
-            inner, channels = queries[0].out_features, queries[0].in_features
-            numbers += (
-                sum(query.out_features * query.in_features for query in queries) + 4 * inner * channels + channels
+            query = block.attn1.to_q
+            inner, channels = query.out_features, query.in_features
+            matrices = [(each.out_features, each.in_features) for each in (query, block.attn2.to_q)]
+            matrices += [(inner, channels)] * 4
+            numbers += channels + sum(
+                min(rank, rows, columns) * (rows + columns) if rank else rows * columns for rows, columns in matrices
             )
     return numbers * torch.float32.itemsize
+
+
+def frozen_bytes(unet: torch.nn.Module, scope: TrainScope, rank: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the temporal weights that a run of a rank keeps as they were drawn, in the compute dtype."""
+    if not rank:
+        return 0
+    queries = [block.attn1.to_q for path, block in transformer_blocks(unet).items() if in_scope(path, scope)]
+    return sum(3 * query.out_features * query.in_features for query in queries) * dtype.itemsize
 
 
 class CastingOperations:
@@ -69,13 +81,14 @@ class TrainableWeights:
 
     temporal: torch.nn.Module
     layers: Mapping[str, TemporalLayer]
-    queries: Mapping[str, torch.nn.Parameter]
+    queries: Mapping[str, torch.nn.Parameter | Factors]
     trained: Mapping[str, torch.nn.Parameter]
 
     def motion(self, unet: TrainingUNet) -> Motion:
         """Return the temporal weights, and the queries' differences from the model's, on the CPU."""
         tensors = {key: value.detach().to("cpu", copy=True) for key, value in self.temporal.state_dict().items()}
         for path, query in self.queries.items():
+            assert isinstance(query, Tensor)
             delta = query.detach() - unet.weight(path.removesuffix(".weight"))
             tensors[path.removesuffix(".weight") + QUERY_SUFFIX] = delta.cpu()
         return Motion(tensors)
@@ -90,9 +103,14 @@ class TrainableWeights:
 
 
 def trainable_weights(
-    unet: TrainingUNet, train_scope: TrainScope, seed: int, start: Mapping[str, Tensor]
+    unet: TrainingUNet, train_scope: TrainScope, seed: int, start: Mapping[str, Tensor], rank: int = 0
 ) -> TrainableWeights:
-    """Build the weights at the start of a run. ``start``: float32 tensors of a start motion, none for a fresh run."""
+    """Build the weights at the start of a run. ``start``: float32 tensors of a start motion, none for a fresh run.
+
+    ``rank``: see ``factored_weights``; 0 for whole matrices.
+    """
+    if rank:
+        return factored_weights(unet, train_scope, seed, start, rank)
 
     def scope(path: str) -> bool:
         return in_scope(path, train_scope)
@@ -101,7 +119,7 @@ def trainable_weights(
     temporal.update({key: value for key, value in start.items() if not key.endswith(QUERY_SUFFIX)})
     root = build_temporal(unet.module, temporal, CastingOperations, torch.float32).to(unet.device)
     layers = temporal_layers(root)
-    queries: dict[str, torch.nn.Parameter] = {}
+    queries: dict[str, torch.nn.Parameter | Factors] = {}
     trained: dict[str, torch.nn.Parameter] = {}
     for block in transformer_blocks(unet.module):
         for path in (f"{block}.attn1.to_q", f"{block}.attn2.to_q"):
@@ -118,3 +136,72 @@ def trainable_weights(
             for leaf, parameter in layers[block].attn_temp.named_parameters():
                 trained[f"{block}.attn_temp.{leaf}"] = parameter
     return TrainableWeights(root, layers, queries, trained)
+
+
+@dataclass(frozen=True)
+class FactoredWeights(TrainableWeights):
+    """The weights of a run of low rank: changes as factors, on top of frozen weights; the rest as in full rank.
+
+    ``tensors``: all that makes up the motion, by its key.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def motion(self, unet: TrainingUNet) -> Motion:
+        """Return copies of ``tensors`` on the CPU, named as in a compressed motion; its metadata is the caller's."""
+        return Motion({key: value.detach().to("cpu", copy=True) for key, value in self.tensors.items()})
+
+
+def factored_weights(
+    unet: TrainingUNet, train_scope: TrainScope, seed: int, start: Mapping[str, Tensor], rank: int
+) -> FactoredWeights:
+    """Build the weights at the start of a run of low rank.
+
+    ``start``: float32 tensors of a compressed motion of this rank, none for a fresh run.
+    """
+    tensors: dict[str, Tensor] = {}
+    trained: dict[str, torch.nn.Parameter] = {}
+
+    def known(path: str) -> bool:
+        return in_scope(path, train_scope) or f"{path}.attn_temp.to_q.weight{UP}" in start
+
+    def learning(key: str, value: torch.nn.Parameter, block: str) -> None:
+        tensors[key] = value.requires_grad_(in_scope(block, train_scope))
+        if value.requires_grad:
+            trained[key] = value
+
+    def factors(key: str, shape: tuple[int, int], block: str) -> Factors:
+        given = rescaled(start[key + UP], start[key + DOWN]) if key + UP in start else None
+        up, down = given or fresh_factors(key, shape, rank, seed)
+        found = Factors(up, down).to(unet.device)
+        learning(key + UP, found.up, block)
+        learning(key + DOWN, found.down, block)
+        return found
+
+    temporal = initial_temporal(unet.module, known, seed)
+    temporal.update({key: value for key, value in start.items() if key in temporal})
+    root = build_temporal(unet.module, temporal, CastingOperations, unet.dtype).to(unet.device)
+    layers = temporal_layers(root)
+    queries: dict[str, torch.nn.Parameter | Factors] = {}
+    for block, module in transformer_blocks(unet.module).items():
+        for path, query in ((f"{block}.attn1.to_q", module.attn1.to_q), (f"{block}.attn2.to_q", module.attn2.to_q)):
+            key = path + QUERY_SUFFIX
+            if in_scope(block, train_scope) or key + UP in start:
+                queries[path + ".weight"] = factors(key, (query.out_features, query.in_features), block)
+        if block not in layers:
+            continue
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            key, last = f"{block}.attn_temp.{name}", name == "to_out.0"
+            parent, _, leaf = name.rpartition(".")
+            holder = layers[block].attn_temp.get_submodule(parent)
+            weight = holder.get_submodule(leaf).weight.detach()
+            bias = torch.nn.Parameter(temporal[f"{key}.bias"].clone().to(unet.device)) if last else None
+            if bias is not None:
+                learning(f"{key}.bias", bias, block)
+            # The output projection starts at zero.
+            change = factors(f"{key}.weight", tuple(weight.shape), block)
+            holder.add_module(leaf, FactoredLinear(None if last else weight, change, bias))
+        # As they are in float32: the layer has them in the compute dtype.
+        for leaf in ("weight", "bias"):
+            tensors[f"{block}.norm_temp.{leaf}"] = temporal[f"{block}.norm_temp.{leaf}"]
+    return FactoredWeights(root, layers, queries, trained, tensors)

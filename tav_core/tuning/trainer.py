@@ -17,7 +17,7 @@ from .. import host
 from ..attention import SLICE_BYTES, is_fused
 from ..inflate import Inflation, Swap, swapped
 from ..motion.file import Motion
-from ..motion.low_rank import temporal_seed
+from ..motion.low_rank import RANK_KEY, SEED_KEY, for_rank, temporal_seed
 from ..out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..schedule import add_noise, alphas_cumprod, training_target
 from . import early_stop, memory_probe
@@ -28,7 +28,7 @@ from .pinned_copy import AsyncCopy, to_device
 from .preview_clip import reconstruct
 from .recompute import planned_forwards
 from .relief import retry_on_oom
-from .trainable import TrainScope, trainable_weights, trained_bytes
+from .trainable import TrainScope, frozen_bytes, trainable_weights, trained_bytes
 from .training_unet import TrainingUNet
 
 # A run is over after this many steps in a row whose loss or gradient is not finite.
@@ -43,6 +43,8 @@ SHARE_OF_FREE_MEMORY = 0.8
 
 # A weight that learns, its gradient and its two moments.
 _FIXED_COPIES = 4
+# The rank that is named where whole matrices do not fit.
+_SMALL_RANK = 32
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -54,6 +56,7 @@ class TuneSettings:
     """The released configuration. ``gradient_clip`` is a total L2 norm, 0 = off; ``warmup_steps`` linear.
 
     ``frames_per_step``: frames that a step sees, the first one among them (``frame_window``); 0 = all.
+    ``rank``: the changes of matrices learn as products of that rank, 0 = as whole matrices.
     """
 
     steps: int = 500
@@ -64,6 +67,7 @@ class TuneSettings:
     gradient_clip: float = 1.0
     weight_decay: float = 1e-2
     frames_per_step: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,10 @@ class Trainer:
     runs out of memory is repeated with less; a step whose loss or gradient is not finite changes nothing, and several
     in a row end the iteration. Between steps the host's UNet has its own forwards.
 
-    ``start``: a motion to go on from, that fits the model (``host.check_motion``). ``memory_budget``: bytes for
-    activations, gradients and the optimiser's moments, None for what the device has free. ``patience``: the iteration
-    ends when the loss has not fallen for this many steps (``early_stop``), 0 = never. Raises OutOfMemoryError when no
-    plan fits into memory.
+    ``start``: a motion to go on from, that fits the model (``host.check_motion``) and the rank (``for_rank``).
+    ``memory_budget``: bytes for activations, gradients and the optimiser's moments, None for what the device has free.
+    ``patience``: the iteration ends when the loss has not fallen for this many steps (``early_stop``), 0 = never.
+    Raises OutOfMemoryError when no plan fits into memory.
     """
 
     def __init__(
@@ -103,13 +107,14 @@ class Trainer:
         self._window = window_length(len(unet.latents), settings.frames_per_step)
         if self._window is not None:
             unet.check_windows()
+        start = None if start is None else for_rank(start, settings.rank)
         self._start = {} if start is None else {key: value.float() for key, value in start.tensors.items()}
         # The seed that all temporal weights were drawn from; None where the start motion does not know its own.
         self.temporal_seed = temporal_seed(start) if start is not None and start.temporal() else settings.seed
         self._drawn_from = settings.seed if self.temporal_seed is None else self.temporal_seed
-        _check_fixed_memory(unet, settings.train_scope)
+        _check_fixed_memory(unet, settings.train_scope, settings.rank)
         self._weights = retry_on_oom(
-            lambda: trainable_weights(unet, settings.train_scope, self._drawn_from, self._start),
+            lambda: trainable_weights(unet, settings.train_scope, self._drawn_from, self._start, settings.rank),
             (self._offload_weights,),
             "at the start",
         )
@@ -251,7 +256,10 @@ class Trainer:
         return None
 
     def motion(self) -> Motion:
-        """Return what was learnt, float32, without metadata. Raises RuntimeError when no step went well."""
+        """Return what was learnt, float32; of metadata only what a low rank needs.
+
+        Raises RuntimeError when no step went well.
+        """
         losses, skipped = self._history[:, : self.done].tolist()
         learnt = max((number for number, left_out in enumerate(skipped, 1) if not left_out), default=0)
         # A few steps in fp16 may all go into the search for the gradients' scale: nothing is wrong with them.
@@ -267,7 +275,9 @@ class Trainer:
                 "are kept. Lower learning_rate, or set precision to fp32 or bf16.",
                 learnt,
             )
-        return self._weights.motion(self.unet)
+        rank = self.settings.rank
+        metadata = {RANK_KEY: str(rank), SEED_KEY: str(self._drawn_from)} if rank else {}
+        return replace(self._weights.motion(self.unet), metadata=metadata)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -277,9 +287,12 @@ class Trainer:
         unet = self.unet
         compute = [str(unet.dtype), unet.device.type, unet.prediction, torch.__version__]
         # No step depends on how many follow: a run of more steps resumes from the end of a shorter one.
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "frames_per_step")}
+        # No step depends on how many follow. States that were written before there were windows and ranks resume.
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "frames_per_step", "rank")}
         if self._window is not None:
             settings["frames_per_step"] = self._window
+        if self.settings.rank:
+            settings["rank"] = self.settings.rank
         return {
             "settings": settings,
             "temporal_seed": self._drawn_from,
@@ -515,21 +528,31 @@ class Trainer:
         )
 
 
-def _check_fixed_memory(unet: TrainingUNet, scope: TrainScope) -> None:
+def _check_fixed_memory(unet: TrainingUNet, scope: TrainScope, rank: int) -> None:
     """Refuse a tuning whose weights, gradients and moments exceed the free RAM (OutOfMemoryError).
 
     Elsewhere an allocation fails and is answered. In RAM it succeeds, and the kernel kills the process later.
     """
     if not host.is_ram(unet.device):
         return
-    needed, free = _FIXED_COPIES * trained_bytes(unet.module, scope), host.free_memory(unet.device)
+
+    def fixed(scope: TrainScope, rank: int) -> int:
+        frozen = frozen_bytes(unet.module, scope, rank, unet.dtype)
+        return _FIXED_COPIES * trained_bytes(unet.module, scope, rank) + frozen
+
+    needed, free = fixed(scope, rank), host.free_memory(unet.device)
     if needed <= free:
         return
-    smaller = _FIXED_COPIES * trained_bytes(unet.module, "middle and up") / 2**30
-    remedy = f"Set it to middle and up ({smaller:.2f} GiB), or close" if scope == "all" else "Close"
+    ways = []
+    if scope == "all":
+        ways.append(f"set it to middle and up ({fixed('middle and up', rank) / 2**30:.2f} GiB)")
+    if not rank:
+        ways.append(f"set rank to {_SMALL_RANK} ({fixed(scope, _SMALL_RANK) / 2**30:.2f} GiB)")
+    remedy = ", ".join([*ways, "or close"]) if ways else "close"
     raise OutOfMemoryError(
         f"train_scope: {scope} takes {needed / 2**30:.2f} GiB for the weights that learn, their gradients and AdamW's "
-        f"moments, and {free / 2**30:.2f} GiB of memory are free. {remedy} what else takes memory."
+        f"moments, and {free / 2**30:.2f} GiB of memory are free. {remedy[0].upper() + remedy[1:]} what else takes "
+        "memory."
     )
 
 

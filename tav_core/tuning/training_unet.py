@@ -18,6 +18,7 @@ from ..temporal import TemporalLayer
 from ..unet import parts_of
 from .cast_cache import CastWeightCache
 from .differentiable import TrainingBackend, training_forwards
+from .factors import Factors
 from .frame_window import window_length
 
 _NO_MEMORY = (
@@ -61,7 +62,7 @@ class TrainingUNet:
         self,
         inflation: Inflation,
         layers: Mapping[str, TemporalLayer],
-        queries: Mapping[str, Tensor],
+        queries: Mapping[str, Tensor | Factors],
         frames: int,
     ) -> list[Swap]:
         """Return the forwards with which ``predict`` is inflated and differentiable in ``layers`` and ``queries``.
