@@ -357,7 +357,7 @@ ALLOCATIONS = [
     ("save_video", (FRAMES, 8.0, "out/clip", "gif", 80), encode, "_add_gif_comment"),
     ("save", ("motion", "out/motion", 4), torch.linalg, "svd"),
     ("save", ("motion", "out/motion"), weights.safetensors.torch, "save_file"),
-    ("load", ("low-rank.safetensors",), low_rank, "draw_temporal"),
+    ("inflate", ("model", "sparse-causal", "over frames", 1.0, 1.0, "low-rank motion"), low_rank, "draw_temporal"),
     ("load", ("low-rank.safetensors",), weights, "safe_open"),
     ("inflate", ("model", "sparse-causal", "over frames", 1.0, 1.0, "motion"), inflated_model, "build_temporal"),
     ("evaluate", (FRAMES, FRAMES), torch.nn.functional, "grid_sample"),
@@ -387,9 +387,10 @@ def test_a_node_without_memory_says_so(
     motion: Motion,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weights.save_motion(low_rank.compress(motion, 4), tmp_path / "low-rank.safetensors")
+    small = low_rank.compress(motion, 4)
+    weights.save_motion(small, tmp_path / "low-rank.safetensors")
     model = build_model(UNETS["tiny"])
-    named = {"motion": motion, "model": model}
+    named = {"motion": motion, "low-rank motion": small, "model": model}
     arguments = [named.get(each, each) if isinstance(each, str) else each for each in given]
     ours = nodes(tmp_path, monkeypatch)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
