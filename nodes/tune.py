@@ -308,7 +308,8 @@ class OneShotTune(io.ComfyNode):
             if curve.reported < steps:  # it was on disk already, or ended early
                 preview.update(steps)
             learnt, losses = trainer.motion(), trainer.losses
-        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses), window) | learnt.metadata
+        metadata = _metadata(cls, model, samples, settings, precision, inflation, len(losses), window)
+        metadata |= learnt.metadata
         if trainer.temporal_seed is not None:
             metadata[SEED_KEY] = str(trainer.temporal_seed)
         tuned = Motion(learnt.tensors, metadata)

@@ -31,6 +31,8 @@ class Factors(torch.nn.Module):
 class FactoredLinear(torch.nn.Module):
     """A linear layer whose weight is a frozen one (None for zero), in the compute dtype, plus ``factors``."""
 
+    frozen: Tensor | None
+
     def __init__(self, frozen: Tensor | None, factors: Factors, bias: torch.nn.Parameter | None) -> None:
         super().__init__()
         self.register_buffer("frozen", frozen)
@@ -38,10 +40,10 @@ class FactoredLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for x [..., m]."""
-        out = self.factors(x)
-        if self.frozen is not None:
+        out, frozen = self.factors(x), self.frozen
+        if frozen is not None:
             # Autograd would hold the weight, and the planner would count it as an activation.
-            out = out + frozen_linear(x, lambda _: nullcontext((self.frozen, None)))
+            out = out + frozen_linear(x, lambda _: nullcontext((frozen, None)))
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 

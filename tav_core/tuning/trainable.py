@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,8 @@ def factored_weights(
             key, last = f"{block}.attn_temp.{name}", name == "to_out.0"
             parent, _, leaf = name.rpartition(".")
             holder = layers[block].attn_temp.get_submodule(parent)
-            weight = holder.get_submodule(leaf).weight.detach()
+            layer: Any = holder.get_submodule(leaf)
+            weight = layer.weight.detach()
             bias = torch.nn.Parameter(temporal[f"{key}.bias"].clone().to(unet.device)) if last else None
             if bias is not None:
                 learning(f"{key}.bias", bias, block)
