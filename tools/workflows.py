@@ -65,6 +65,19 @@ DRAWN = Clip("bounce.mp4", "a blue heart on the sand, painting style")
 _START = {2: "1. Clip and model", 6: "2. Tune, once per clip", 9: "3. Invert"}
 _TWO_EDITS = {**_START, 11: "4. Edit 1", 15: "5. Edit 2", 19: "6. Side by side"}
 _HINTS = "4. One hint per frame"
+
+
+def _under_control() -> dict[str, dict[int, str]]:
+    """Return the groups of the workflows that show what edit control is for."""
+    start = {2: "1. Clip and model", 6: "2. Tune, once per clip", 7: "3. Invert", 8: "4. What changes"}
+    one = {**start, 10: "5. Edit", 13: "6. Side by side, and where"}
+    return {
+        "tune-a-video-keep-background": {**one, 16: "7. In words"},
+        "tune-a-video-change-colour": one,
+        "tune-a-video-one-of-two": one,
+    }
+
+
 WORKFLOWS: dict[str, dict[int, str]] = {
     "tune-a-video-quick-start": {2: "1. Checkpoint", 14: "2. Clip and sentences"},
     "tune-a-video-step-by-step": {**_START, 11: "4. Edit"},
@@ -72,6 +85,7 @@ WORKFLOWS: dict[str, dict[int, str]] = {
         **{2: "1. Clip and model", 6: "2. Tune, once per clip", 7: "3. Invert", 8: "4. What changes", 10: "5. Edit"},
         **{13: "6. Side by side, and where"},
     },
+    **_under_control(),
     "tune-a-video-object-edit": {**_START, 11: "4. Edit", 16: "5. Side by side"},
     "tune-a-video-background-change": _TWO_EDITS,
     "tune-a-video-style-transfer": _TWO_EDITS,
