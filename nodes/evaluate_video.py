@@ -82,6 +82,7 @@ class EvaluateVideo(io.ComfyNode):
         if clip is not None and clip_vision is None:
             raise Refusal("clip_vision", "it is missing", "The clip alone cannot look at frames; add Load CLIP Vision.")
         metrics.check_same(source, edited)
+        mask = None if mask is None else _enlarged(mask, source.shape[1], source.shape[2])
         images = None if clip_vision is None else host.image_embeddings(clip_vision, edited)
         text = host.text_embedding(clip, prompt) if clip is not None and prompt.strip() else None
         flows = metrics.source_flows(source) if len(source) > 1 else None
@@ -92,6 +93,14 @@ class EvaluateVideo(io.ComfyNode):
         rows = [("verdict", line, "") for line in verdict.splitlines()] + metrics.rows(figures)
         shown = ui.PreviewImage(pictures.table_over_plot(rows, plot), cls=cls).as_dict()
         return io.NodeOutput(table, plot, verdict, ui={**shown, **ui.PreviewText(f"{verdict}\n\n{table}").as_dict()})
+
+
+def _enlarged(mask: Any, height: int, width: int) -> Any:
+    """Return a mask [n, h, w] of the latent's size, as TAV Sample gives it, in the frames' size; others as they are."""
+    times = height // mask.shape[-2]
+    if times < 2 or (times * mask.shape[-2], times * mask.shape[-1]) != (height, width):
+        return mask
+    return mask.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 NODES = [EvaluateVideo]
