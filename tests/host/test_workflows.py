@@ -148,7 +148,7 @@ def test_it_runs(server, graph, exercised, request):
             source = small[inputs["images"][0]]["class_type"]
             assert len(result.outputs[node_id]["images"]) == (FRAMES if source in ("Canny", "TAV_ShowMask") else 1)
         elif kind == "TAV_EvaluateVideo":
-            assert "| frame consistency" in result.outputs[node_id]["text"][0]
+            assert "| warp error" in result.outputs[node_id]["text"][0]
     assert written
     exercised.append(f"{request.node.callspec.id}: {result.seconds:.1f} s, {', '.join(written)}")
 
