@@ -10,7 +10,7 @@ from hints import HintReader, controlnet, t2i_adapter, with_hints
 from torch import Tensor
 from tune_a_video.tav_core import host, schedule
 from tune_a_video.tav_core.attention import gather_frames
-from tune_a_video.tav_core.host.windows import FirstFrameCache
+from tune_a_video.tav_core.host.windows import FirstFrameCache, window_frames
 from tune_a_video.tav_core.inflate import Inflation, Layout
 from tune_a_video.tav_core.sample import ddim_sample
 from unets import UNETS, build_model
@@ -57,6 +57,16 @@ def test_a_frame_that_the_host_puts_ahead_is_not_taken_for_frame_0() -> None:
     looped = windows.lookup(Layout(4, 1), options(sigmas, [4, 5, 0, 1], ["a"]))
     assert looped is not None
     assert torch.equal(looped("x", "k", tokens_of([4, 5, 0, 1], [1])), tokens_of([0], [1]))
+
+
+def test_a_looped_window_can_hold_all_frames_in_another_order() -> None:
+    def told(frames: list[int], full_length: int) -> list[int] | None:
+        return window_frames({"ad_params": {"sub_idxs": frames, "full_length": full_length}}, 4)
+
+    assert told([2, 3, 0, 1], 4) == [2, 3, 0, 1] == told([2, 3, 0, 1], 9)
+    assert told([0, 1, 2, 3], 4) is None
+    # Left over from a longer video, or of another length.
+    assert told([4, 5, 6, 7], 4) is None and told([0, 1], 9) is None
 
 
 def test_another_run_starts_without_a_first_frame() -> None:

@@ -28,11 +28,14 @@ def window_frames(transformer_options: Mapping[str, Any], count: int) -> list[in
     """Return the numbers of the ``count`` frames that an evaluation looks at, in their order; None for all of a video.
 
     AnimateDiff-Evolved cuts clips around ``calc_cond_batch`` and tells of it in the same place, where a window can be
-    left over from an earlier step.
+    left over from an earlier step. With the frame that newer hosts put ahead of it, a looped window can hold all frames
+    in another order.
     """
     told = transformer_options.get(_PUBLISHED) or {}
-    found = told.get("sub_idxs")
-    return list(found) if found is not None and len(found) == count < told.get("full_length", count + 1) else None
+    found, whole = told.get("sub_idxs"), list(range(told.get("full_length", count + 1)))
+    if found is None or len(found) != count or count > len(whole) or list(found) == whole:
+        return None
+    return list(found) if count < len(whole) or sorted(found) == whole else None
 
 
 def conds_in_window(conds: Any, indices: Sequence[int], frames: int) -> Any:
