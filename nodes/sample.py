@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -124,7 +125,7 @@ class TAVSample(io.ComfyNode):
                 guidance,
                 clip=latent.get(CLIP_KEY),
                 noise_mask=noise_mask,
-                callback=sampling_callback(model, preview),
+                callback=sampling_callback(model, preview, None if run is None else partial(run.cost, steps)),
                 control=run,
                 eta=eta,
                 seed=seed,

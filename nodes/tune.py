@@ -27,6 +27,7 @@ from .support.limits import within_limits
 from .support.memory import memory_explained
 from .support.paths import state_folder
 from .support.preview import LatentFrames, MovingPreview, Picture
+from .support.said import say
 from .support.stop import stoppable
 from .support.types import CATEGORY, MotionType, search_aliases
 
@@ -34,6 +35,8 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16
 PIXELS_PER_LATENT = 8
 REMEDY = "Use fewer frames or a smaller size, or set frames_per_step. If the tuning had ended, it is not run again."
 _PREVIEW_SECONDS, _PREVIEW_SIZE, _FRAMES_PER_SECOND = 2.0, 768, 4.0
+# Fewer steps than these say little of the time left.
+_TIMED_STEPS = 2
 
 
 class _Curve:
@@ -48,6 +51,14 @@ class _Curve:
         self._made_after = 0
         self.reported = 0
         self.warned = False
+
+    def begin(self) -> None:
+        """Say what the steps will take, unless all of them are done already."""
+        trainer = self._trainer
+        left = trainer.settings.steps - trainer.done
+        if left > 0:
+            planned = trainer.planned_bytes / 2**30
+            say(f"{left} steps, {planned:.1f} GiB planned beside the model's weights; {trainer.plan}")
 
     def warn(self, text: str) -> None:
         """Note under the curve that the run's state cannot be kept; the log has the reason."""
@@ -90,11 +101,15 @@ class _Curve:
         self._preview.show(len(losses), shown)
 
     def _pictures(self, losses: list[float], now: float) -> list[Picture]:
-        rate = max(len(losses) - 1 - self._first, 1) / max(now - self._began, 1e-3)
-        left = round((self._trainer.settings.steps - len(losses)) / rate)
-        note = f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left"
+        notes = []
+        timed = len(losses) - 1 - self._first
+        if timed >= _TIMED_STEPS:
+            rate = timed / max(now - self._began, 1e-3)
+            left = round((self._trainer.settings.steps - len(losses)) / rate)
+            notes.append(f"{rate:.2f} steps/s, {left // 60}:{left % 60:02} left")
         if self.warned:
-            note += "; state cannot be kept, see the log"
+            notes.append("state cannot be kept, see the log")
+        note = "; ".join(notes)
         captions = ("clip", f"after step {self._made_after}")
         curve = pictures.loss_curve(losses, note)
         frames = [
@@ -298,6 +313,7 @@ class OneShotTune(io.ComfyNode):
             trainer = Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)
             curve = _Curve(trainer, preview)
             with Checkpoint(state_folder(curve.warn), trainer, curve.warn) as run:
+                curve.begin()
                 for _ in trainer:
                     if preview_every and trainer.done % preview_every == 0:
                         curve.reconstruct()

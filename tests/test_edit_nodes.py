@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pack_nodes
@@ -119,6 +121,21 @@ def test_every_preset_samples(demo: Any, latent: dict[str, Any], preset: str) ->
     edited, mask = sampled(demo, latent, out(pack_nodes.EditControl.execute(preset, 0.5))[0])
     assert torch.isfinite(edited).all() and mask.shape == (3, 8, 8)
     assert not torch.equal(edited, sampled(demo, latent, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"), [("object", "in each of 2 steps, in which the clip is evaluated too"), ("free", "")]
+)
+def test_it_says_what_control_adds(
+    demo: Any, latent: dict[str, Any], preset: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        sampled(demo, latent, replace(PRESETS[preset], proximal=0.5))
+    (line,) = [text for text in caplog.messages if "edit control keeps" in text]
+    assert line.endswith(said or "MB of the clip's trajectory in RAM")
+    if said:
+        kept = re.search(r"and ([0-9.]+) MB of its attention", line)
+        assert kept and float(kept[1]) > 0
 
 
 def test_a_noise_mask_is_the_controls_mask(demo: Any, latent: dict[str, Any]) -> None:

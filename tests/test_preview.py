@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,47 @@ class Context:
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Context:
     return Context(monkeypatch)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Record the lines that are shown, as if node 7 ran on a server."""
+    import tune_a_video.nodes.support.said as said
+
+    lines: list[tuple[str, str]] = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node: lines.append((text, node)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    monkeypatch.setattr(said, "get_executing_context", lambda: SimpleNamespace(node_id="7"))
+    return lines
+
+
+def test_a_tuning_says_what_it_takes_before_its_first_step(
+    node: Context, server: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    train_step = Trainer.train_step
+
+    def counted(trainer: Trainer, *drawn: Any) -> TuneStep:
+        done.append(len(server))
+        return train_step(trainer, *drawn)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    node.tune(seed=77)
+    ((text, where),) = server
+    assert where == "7" and text.startswith("12 steps, ") and "GiB planned" in text
+    assert done[0] == 1
+    # The second run finds its result on disk and has nothing to announce.
+    node.tune(seed=77)
+    assert len(server) == 1
+
+
+def test_control_says_what_it_adds_after_the_first_step(method: Any, shown: Any, server: list[tuple[str, str]]) -> None:
+    method("none")
+    with shown.module.MovingPreview(2) as preview:
+        callback = shown.module.sampling_callback(build_model(UNETS["tiny"]), preview, lambda: "it keeps 5 MB")
+        for step in range(2):
+            callback(step, torch.zeros(3, 4, 8, 8), torch.zeros(3, 4, 8, 8), 2)
+    assert server == [("it keeps 5 MB", "7")]
 
 
 def test_the_node_shows_the_clip_as_it_is_reconstructed(

@@ -21,6 +21,7 @@ SIDE = 96
 TUNE_STEPS = (30, 60, 120)
 GUIDANCES = (1.0, 2.0, 5.0, 8.0, 12.0)
 DDIM_STEPS = (5, 10, 20, 50)
+STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 SEED = 0
 
 
@@ -69,19 +70,25 @@ class Workbench:
         tune_steps: int | None = None,
         ddim_steps: int | None = None,
         inverted_with: str | None = None,
+        preset: str = "free",
+        strength: float = 0.5,
     ) -> Any:
         """Return an edit's frames [frames, h, w, 3]. The demo's settings are the defaults."""
-        from tune_a_video.tav_core import pipeline
+        from tune_a_video.tav_core import host, pipeline
+        from tune_a_video.tav_core.control.settings import PRESETS, at_strength
 
         model = self.tuned[self.settings.tune_steps if tune_steps is None else tune_steps]
         steps = ddim_steps or self.settings.ddim_steps
         with_prompt = self.encode(self.clip.prompt if inverted_with is None else inverted_with)
         inversion = (id(model), steps, inverted_with)
         if inversion not in self.inverted:
-            self.inverted[inversion] = pipeline.invert(model, self.latent, with_prompt, steps)
+            self.inverted[inversion] = pipeline.invert_and_keep(model, self.latent, with_prompt, steps)
         scale = self.settings.guidance if guidance is None else guidance
-        noise, positive, negative = self.inverted[inversion], self.encode(prompt), self.encode("")
-        edited = pipeline.sample(model, noise, positive, negative, steps, scale)
+        noise, trajectory = self.inverted[inversion]
+        _, positive, negative = host.encode_edit(self.text, self.clip.prompt, prompt)
+        levers = at_strength(PRESETS[preset], strength)
+        control = pipeline.controlled(model, levers, trajectory, noise, positive) if levers.acts else None
+        edited = pipeline.sample(model, noise, positive, negative, steps, scale, control=control, seed=SEED)
         return self.vae.decode(edited)
 
 
@@ -90,6 +97,8 @@ Row = tuple[str, Any, Any]  # caption, frames, the edit that it should show, or 
 
 def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
     """Yield the name and the rows of each picture."""
+    from tune_a_video.tav_core.control.settings import PRESETS
+
     shape, place, source = bench.edits["object"], bench.edits["background"], bench.clip.prompt
     yield (
         "tuning-steps",
@@ -121,6 +130,22 @@ def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
             ("another place", bench.sampled(place.prompt), place),
             ("the new word alone", bench.sampled(_noun(shape.prompt)), shape),
             ("not a word of the clip's", bench.sampled("two green circles on bricks, pencil style"), None),
+        ],
+    )
+    yield (
+        "strength",
+        [
+            (f"strength {strength:g}", bench.sampled(shape.prompt, preset="object", strength=strength), shape)
+            for strength in STRENGTHS
+        ],
+    )
+    yield (
+        "presets",
+        [
+            (f"{kind}, {said}", bench.sampled(edit.prompt, preset=preset), edit)
+            for kind, edit in bench.edits.items()
+            if kind in PRESETS
+            for said, preset in (("plain", "free"), (f"preset {kind}", kind))
         ],
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...tav_core import host
 from ...tav_core.media.encode import save_clip
+from .said import say
 
 # A picture as the host sends it: format, picture, size that it is scaled to.
 Picture = tuple[str, Image.Image, int | None]
@@ -131,11 +132,18 @@ def _decode(previewer: Any, x0: Tensor, frame: int) -> Picture | None:
     return previewer and previewer.decode_latent_to_preview_image("JPEG", x0[frame : frame + 1])
 
 
-def sampling_callback(model: Any, preview: MovingPreview) -> Callable[[int, Tensor, Tensor, int], None]:
-    """Return a callback for the host's samplers that shows progress and the frames so far."""
+def sampling_callback(
+    model: Any, preview: MovingPreview, cost: Callable[[], str] | None = None
+) -> Callable[[int, Tensor, Tensor, int], None]:
+    """Return a callback for the host's samplers that shows progress and the frames so far.
+
+    ``cost``: gives a line that the node shows after the first step.
+    """
     frames = LatentFrames(model)
 
     def callback(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        if cost is not None and step == 0:
+            say(cost())
         preview.show(step + 1, frames.refreshed(x0))
 
     return callback

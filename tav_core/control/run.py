@@ -37,6 +37,17 @@ class ControlledRun:
         """Let go of what was kept of the clip in the last step; the mask stays known."""
         self._now = None
 
+    def cost(self, steps: int) -> str:
+        """Say what the control takes beside a sampling of as many steps; known while a step runs, or after one."""
+        control, stored = self.control, self.trajectory.megabytes
+        kept = 0 if self._now is None else sum(each.nbytes for each in self._now[1].kept.values()) / 1e6
+        share = max(control.self_share, control.cross_share, control.feature_share)
+        both = sum(number / steps < share for number in range(steps))
+        said = f"edit control keeps {stored:.1f} MB of the clip's trajectory in RAM"
+        if not both:
+            return said
+        return f"{said}, and {kept:.1f} MB of its attention in each of {both} steps, in which the clip is evaluated too"
+
     @property
     def source(self) -> Any:
         """Return the CONDITIONING that the clip is evaluated with.

@@ -420,6 +420,15 @@ class Trainer:
         spare = self._given() - self.optimizer.resident_bytes - plan.bytes
         self.unet.cast_cache.keep = kept_whole and 0 < self.unet.cast_cache.bytes <= spare
 
+    @property
+    def planned_bytes(self) -> float:
+        """Bytes that a step is planned to take beside the model's own weights, as a budget counts them.
+
+        Activations and gradients, the moments that are on the device, and casts of weights that are kept.
+        """
+        casts = self.unet.cast_cache.bytes if self.unet.cast_cache.keep else 0
+        return self.plan.bytes + self.optimizer.resident_bytes + casts
+
     @contextmanager
     def _training_forwards(self) -> Iterator[None]:
         """Give the UNet its forwards for a step, as the plan says."""
