@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,27 @@ _SHARE_OF_TIME = 0.05
 
 
 def fingerprint(values: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256, in hex, of JSON values and of tensors: names, dtypes, shapes and every byte."""
+    """Return the SHA-256, in hex, of JSON values and of tensors: names, dtypes, shapes and every byte.
+
+    Each tensor is hashed by itself, so that all cores take part. Few wait at a time: the tensors may be copies.
+    """
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for name, tensor in tensors:
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"\n{name} {data.dtype} {list(data.shape)}\n".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    threads = os.cpu_count() or 1
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(threads, "tune-a-video-fingerprint") as pool:
+        for name, tensor in tensors:
+            waiting.append(pool.submit(_digest, name, tensor.detach().cpu().contiguous()))
+            if len(waiting) > threads:
+                digest.update(waiting.popleft().result())
+        for each in waiting:
+            digest.update(each.result())
     return digest.hexdigest()
+
+
+def _digest(name: str, data: Tensor) -> bytes:
+    found = hashlib.sha256(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+    found.update(data.flatten().view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 class Checkpoint:
