@@ -200,11 +200,11 @@ def test_ones_own_csv(tmp_path: Path) -> None:
         "clips/dog,a dog,a wolf,object,\nclips/dog,a dog,a fox,../../kind,\n"
     )
     reading = layouts.read_dataset(tmp_path / "edits.csv")
-    (row,) = reading.rows
+    row, second = reading.rows
     assert (row.split, row.video, row.name, row.words) == ("videos", "dog", "object", ("cat", "tail"))
+    assert (second.name, second.edit) == ("object-3", "a wolf")
     assert [line.split(": ", 1)[1] for line in reading.broken] == [
         "no sentence for the edit",
-        "a second edit videos/dog/object",
         "the edit has no usable name: '../../kind'",
     ]
 

@@ -106,9 +106,17 @@ def test_one_deadly_and_one_failing_edit_cost_no_other(tmp_path: Path) -> None:
     todo[2] = jobs.Job(**{**vars(todo[2]), "edit": "fail"})
     outcome = jobs.share(todo, stand_ins(tmp_path, 2), True, quiet)
     assert outcome.made == len(todo) - 2 and outcome.deaths == 4
-    assert {job.edit: reason for job, reason in outcome.failed or ()}["fail"] == "ValueError: no"
-    assert "SIGKILL" in {job.edit: reason for job, reason in outcome.failed or ()}["kill me"]
+    assert {job.edit: reason for job, reason in outcome.failed}["fail"] == "ValueError: no"
+    assert "SIGKILL" in {job.edit: reason for job, reason in outcome.failed}["kill me"]
     assert not todo[1].result.exists() and not todo[2].result.exists()
+
+
+def test_a_worker_that_does_not_start_is_left_out_at_once(tmp_path: Path) -> None:
+    program = (sys.executable, "-c", "raise SystemExit('no such checkpoint')")
+    worker = local.LocalWorker("worker-0", SETTINGS, tmp_path / "logs", 1, None, None, program)
+    outcome = jobs.share(some_jobs(tmp_path, 4), [worker], True, quiet)
+    assert (outcome.made, outcome.deaths, outcome.failed, outcome.left) == (0, 1, [], 16)
+    assert outcome.lost["worker-0"].startswith("it does not start (exit status 1)")
 
 
 class Scripted:

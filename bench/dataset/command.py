@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="local: processes here; servers HOST:PORT ...: running ComfyUIs; ray [ADDRESS]: a Ray cluster",
     )
     parser.add_argument("--workers", type=int, help="processes or actors; default: one a GPU, else one")
+    parser.add_argument(
+        "--patience", type=float, default=servers.RETURN, help="seconds after which a silent server is left out"
+    )
 
 
 def run(path: Path, videos: Sequence[Path], output: Path, **options: Any) -> dict[str, Any]:
@@ -112,12 +115,12 @@ def _study(
         if results.clip_id(row) == clip and not (job := _job(output, method, row)).result.is_dir()
     ]
     started = time.monotonic()
-    outcome = jobs.Outcome(failed=[])
+    outcome = jobs.Outcome()
     if todo:
         print(f"{len(todo)} edits to make, {len(rows) * len(methods) - len(todo)} are there", flush=True)
         workers, shared = _workers(output, settings, options)
         outcome = jobs.share(todo, workers, shared, _say(output, started))
-    failed = [f"{_shown(output, job)}: {reason}" for job, reason in outcome.failed or ()]
+    failed = [f"{_shown(output, job)}: {reason}" for job, reason in outcome.failed]
     systems = {method: output / "results" / method for method in methods}
     systems |= dict(named_folder(text) for text in options["also"])
     for method in methods:
@@ -136,6 +139,7 @@ def _study(
         "edits_made": outcome.made,
         "seconds": round(time.monotonic() - started, 1),
         "workers_died": outcome.deaths,
+        "workers_lost": outcome.lost,
         "failed": failed,
         "missing": missing,
         "unreadable": unreadable,
@@ -148,7 +152,10 @@ def _study(
     for line in (*unreadable, *failed, *missing):
         print(f"missing: {line}", file=sys.stderr)
     if outcome.left:
-        raise SystemExit(f"No worker was left for {outcome.left} edits; the same command makes them.")
+        lost = "; ".join(f"{worker}: {reason}" for worker, reason in outcome.lost.items())
+        raise SystemExit(f"No worker was left for {outcome.left} edits ({lost}). The same command makes them.")
+    if failed:
+        raise SystemExit(f"{len(failed)} edits could not be made, and are named above. The same command tries again.")
     return report
 
 
@@ -196,7 +203,11 @@ def _workers(output: Path, settings: jobs.Settings, options: dict[str, Any]) -> 
     if where == "servers":
         if not rest:
             raise SystemExit("--on servers needs addresses: --on servers HOST:PORT ...")
-        return [servers.ServerWorker(address, settings) for address in rest], False
+        try:
+            addresses = {servers.url_of(address): address for address in rest}.values()
+            return [servers.ServerWorker(each, settings, options["patience"]) for each in addresses], False
+        except ValueError as error:
+            raise SystemExit(f"--on servers: {error}") from error
     if where == "ray" and len(rest) < 2:
         ray = ray_cluster.connect(rest[0] if rest else "")
         gpus = int(ray.cluster_resources().get("GPU", 0))

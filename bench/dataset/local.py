@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .jobs import EditFailed, Job, Settings, WorkerDied
+from .jobs import EditFailed, Job, Settings, WorkerDied, WorkerLost
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -33,7 +33,7 @@ class LocalWorker:
         self._start = {"settings": settings.to_json(), "threads": threads, "comfyui": str(comfyui or "")}
         self._log, self._device, self._program = logs / f"{name}.log", device, program
         self._process: subprocess.Popen[str] | None = None
-        self._closed = False
+        self._closed = self._ready = False
 
     @property
     def process_id(self) -> int:
@@ -44,8 +44,10 @@ class LocalWorker:
         if self._process is None:
             if self._closed:
                 raise WorkerDied("the study has ended")
+            self._ready = False
             self._process = self._launch()
             self._answer()
+            self._ready = True
         values = {key: str(value) for key, value in dataclasses.asdict(job).items()}
         self._send(values)
         answer = self._answer()
@@ -97,6 +99,9 @@ class LocalWorker:
             code = self._process.wait()
         said = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         self._process = None
+        if code >= 0 and not self._ready:
+            # It would end the same way with every edit.
+            return WorkerLost(f"it does not start ({said}); its log is {self._log}")
         return WorkerDied(f"{said}; its log is {self._log}")
 
     def revive(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def _section(row: Row, video: str) -> str:
     title, source, edit = (html.escape(text) for text in (f"{row.video}, {row.kind}", row.source, row.edit))
     return (
         f'<section><h3>{title}: {edit}</h3><p class="source">source: {source}</p>'
-        f'<video src="{html.escape(video, quote=True)}" controls loop muted playsinline preload="metadata"></video>'
+        f'<video src="{urllib.parse.quote(video)}" controls loop muted playsinline preload="metadata"></video>'
         "</section>"
     )
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .layouts import PICTURES, VIDEOS, Row, pictures_of
+from .layouts import VIDEOS, BadRow, Row, pictures_of, with_video_ending
 
 # Names of unfinished files and folders begin with this; a later run removes them.
 _UNFINISHED = ".unfinished-"
@@ -97,11 +97,20 @@ def read_frames(folder: Path, mode: str = "RGB") -> Pixels:
 
 
 def find_edit(folder: Path, row: Row) -> Path | None:
-    """Return an edit of a system's results in submission layout: its folder of pictures or its video file."""
-    place = folder / row.split / row.video / row.name
-    if place.is_dir() and any(path.suffix.lower() in PICTURES for path in place.iterdir()):
-        return place
-    return next((place.with_name(place.name + end) for end in sorted(VIDEOS) if Path(f"{place}{end}").is_file()), None)
+    """Return an edit of a system's results in submission layout: its folder of pictures or its video file.
+
+    What links to a place outside the system's folder is not there.
+    """
+    place, root = folder / row.split / row.video / row.name, folder.resolve()
+    for found in (place, *with_video_ending(place)):
+        if not found.resolve().is_relative_to(root):
+            continue
+        if found.suffix.lower() in VIDEOS and found.is_file():
+            return found
+        with suppress(BadRow):
+            if found.is_dir() and pictures_of(found, [root]):
+                return found
+    return None
 
 
 def write_editboard(output: Path, method: str, rows: Iterable[Row]) -> None:

@@ -22,7 +22,7 @@ from tune_a_video.tav_core.evaluation import clip_scores, metrics
 from tune_a_video.tav_core.media.clip import load_clip
 
 from . import results
-from .layouts import Row
+from .layouts import Row, read_table
 
 # Raise it when a figure changes its meaning, so that kept scores are computed again.
 _VERSION = 1
@@ -263,12 +263,15 @@ def read_labels(file: Path) -> dict[tuple[str, str, str], float]:
 
     ``edit`` is the sentence. Raises ValueError with the line of a row that cannot be read.
     """
+    table = read_table(file.read_bytes().decode("utf-8-sig"))
     found: dict[tuple[str, str, str], list[float]] = {}
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        reader = csv.DictReader(text)
-        for row in reader:
-            try:
-                found.setdefault((row["method"], row["video"], row["edit"]), []).append(float(row["label"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file}:{reader.line_num}: it needs method, video, edit and label") from error
+    for line, cells in table.rows:
+        try:
+            label = float(cells["label"].replace(",", "."))  # type: ignore[index]
+            key = (cells["method"], cells["video"], " ".join(cells["edit"].split()))  # type: ignore[index]
+            if not math.isfinite(label):
+                raise ValueError("no number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}:{line}: it needs method, video, edit and label") from error
+        found.setdefault(key, []).append(label)
     return {key: statistics.fmean(values) for key, values in found.items()}

@@ -6,6 +6,7 @@ A tuned clip stays on its server as a motion file, so that a server that was sta
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import subprocess
@@ -22,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from . import results
-from .jobs import FRAME_BY_FRAME, TUNED, EditFailed, Job, Settings, WorkerDied
+from .jobs import FRAME_BY_FRAME, TUNED, EditFailed, Job, Settings, WorkerDied, WorkerLost
 
 # Seconds: a single answer, a server that is starting again, between two looks at a graph.
-_ANSWER, _RETURN, _LOOK = 60, 60, 0.3
+_ANSWER, RETURN, _LOOK = 60, 60, 0.3
 # Looks in a row at which a graph is neither queued nor finished: the server has forgotten it.
 _FORGOTTEN = 5
 
@@ -35,14 +36,21 @@ Graph = dict[str, dict[str, Any]]
 class ServerWorker:
     """A ComfyUI at ``address`` (HOST:PORT). A server that does not answer for ``patience`` seconds is given up."""
 
-    def __init__(self, address: str, settings: Settings, patience: float = _RETURN) -> None:
+    def __init__(self, address: str, settings: Settings, patience: float = RETURN) -> None:
         self.name, self._settings, self._patience = address, settings, patience
-        self._url = address if "://" in address else f"http://{address}"
+        self._url = url_of(address)
         self._client = uuid.uuid4().hex
         self._uploaded: dict[str, str] = {}
-        self._running, self._closed = "", False
+        # Graph -> its number on the server, until its end is known.
+        self._queued: dict[str, str] = {}
+        self._running, self._silence = "", ""
+        self._checked = self._closed = False
 
     def edit(self, job: Job) -> None:
+        if not self._checked:
+            if not self.revive():
+                raise WorkerLost(f"it does not answer ({self._silence})")
+            self._check()
         file = self._upload(job.frames)
         motion = ""
         if job.method == TUNED:
@@ -59,14 +67,27 @@ class ServerWorker:
 
     def revive(self) -> bool:
         deadline = time.monotonic() + self._patience
-        while not self._closed and time.monotonic() < deadline:
+        while not self._closed and time.monotonic() <= deadline:
             try:
-                self._request("/system_stats")
+                self._ask("/system_stats")
                 self._uploaded.clear()
+                self._checked = False
                 return True
-            except WorkerDied:
-                time.sleep(0.5)
+            except (WorkerDied, EditFailed) as error:
+                self._silence = str(error)
+                time.sleep(min(0.5, self._patience))
         return False
+
+    def _check(self) -> None:
+        """Raise WorkerLost for a server that lacks the nodes or the checkpoint."""
+        nodes = self._ask("/object_info")
+        missing = sorted(node for node in _needed(self._settings) if node not in nodes)
+        if missing:
+            raise WorkerLost(f"it has no node {', '.join(missing)}")
+        checkpoint = self._settings.checkpoint
+        if checkpoint and checkpoint not in _options(nodes, "CheckpointLoaderSimple", "ckpt_name"):
+            raise WorkerLost(f"it has no checkpoint {checkpoint}")
+        self._checked = True
 
     def close(self) -> None:
         self._closed = True
@@ -84,11 +105,7 @@ class ServerWorker:
         return f"study-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}"
 
     def _find_motion(self, prefix: str) -> str:
-        schema = json.loads(self._request("/object_info/TAV_LoadMotion"))
-        if "TAV_LoadMotion" not in schema:
-            raise EditFailed(f"{self.name} has no Tune-A-Video nodes")
-        kind = schema["TAV_LoadMotion"]["input"]["required"]["file"]
-        names = kind[0] if isinstance(kind[0], list) else kind[1].get("options", [])
+        names = _options(self._ask("/object_info/TAV_LoadMotion"), "TAV_LoadMotion", "file")
         return next((name for name in names if name.startswith(prefix)), "")
 
     def _upload(self, frames: Path) -> str:
@@ -112,26 +129,44 @@ class ServerWorker:
         return name
 
     def _run(self, graph: Graph) -> dict[str, Any]:
-        """Queue a graph and wait for its end; return its nodes' outputs."""
+        """Queue a graph, unless it is on the server, and wait for its end; return its nodes' outputs."""
         if self._closed:
             raise WorkerDied("the study has ended")
-        queued = json.loads(self._request("/prompt", json.dumps({"prompt": graph, "client_id": self._client}).encode()))
-        self._running = queued["prompt_id"]
-        missing = 0
+        key = json.dumps(graph)
+        # Known before it is sent, so that a graph can be stopped whose answer never came.
+        self._running = self._queued.setdefault(key, str(uuid.uuid4()))
         try:
-            while missing < _FORGOTTEN:
-                if self._closed:
-                    raise WorkerDied("the study has ended")
-                time.sleep(_LOOK)
-                history = json.loads(self._request(f"/history/{self._running}"))
-                if self._running in history:
-                    return self._outputs(history[self._running])
-                queue = json.loads(self._request("/queue"))
-                known = {entry[1] for entry in (*queue["queue_running"], *queue["queue_pending"])}
-                missing = 0 if self._running in known else missing + 1
-            raise WorkerDied(f"{self.name} has forgotten the graph: it was started again")
+            if self._state(self._running) is None:
+                sent = {"prompt": graph, "client_id": self._client, "prompt_id": self._running}
+                self._running = self._queued[key] = self._ask("/prompt", sent).get("prompt_id", self._running)
+            entry = self._awaited()
+            del self._queued[key]
+            return self._outputs(entry)
         finally:
             self._running = ""
+
+    def _awaited(self) -> dict[str, Any]:
+        """Return the server's history of the running graph, as soon as there is one."""
+        missing = 0
+        while missing < _FORGOTTEN:
+            if self._closed:
+                raise WorkerDied("the study has ended")
+            time.sleep(_LOOK)
+            state = self._state(self._running)
+            if state:
+                return state
+            missing = missing + 1 if state is None else 0
+        raise WorkerDied(f"{self.name} has forgotten the graph: it was started again")
+
+    def _state(self, number: str) -> dict[str, Any] | None:
+        """Return the history of a graph, {} while it is queued, None if the server does not know it."""
+        history = self._ask(f"/history/{number}")
+        if number in history:
+            found: dict[str, Any] = history[number]
+            return found
+        queue = self._ask("/queue")
+        known = {entry[1] for entry in (*queue["queue_running"], *queue["queue_pending"])}
+        return {} if number in known else None
 
     def _outputs(self, entry: dict[str, Any]) -> dict[str, Any]:
         status = entry.get("status") or {}
@@ -146,8 +181,23 @@ class ServerWorker:
 
     def _picture(self, image: dict[str, str]) -> results.Pixels:
         query = urllib.parse.urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
-        with Image.open(io.BytesIO(self._request(f"/view?{query}"))) as picture:
-            return np.asarray(picture.convert("RGB"))
+        content = self._request(f"/view?{query}")
+        try:
+            with Image.open(io.BytesIO(content)) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except OSError as error:
+            raise WorkerDied(f"{self.name} sends no picture ({error})") from error
+
+    def _ask(self, path: str, sent: object = None) -> dict[str, Any]:
+        """Ask for JSON. Raises as ``_request`` does, and WorkerDied for an answer that is none of a ComfyUI."""
+        answer = self._request(path, None if sent is None else json.dumps(sent).encode())
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise WorkerDied(f"{self.name} answers {path} as no ComfyUI does")
+        return found
 
     def _request(
         self, path: str, body: bytes | None = None, kind: str = "application/json", timeout: float = _ANSWER
@@ -159,9 +209,41 @@ class ServerWorker:
                 content: bytes = answer.read()
                 return content
         except urllib.error.HTTPError as error:
-            raise EditFailed(f"{self.name} refuses {path}: {error.read()[:2000].decode(errors='replace')}") from error
-        except (OSError, ValueError) as error:
-            raise WorkerDied(f"{self.name} does not answer ({error})") from error
+            said = f"{self.name} refuses {path}: {_body_of(error) or error}"
+            # 500 and above is the server's own trouble, or that of a proxy before one that is gone.
+            raise (EditFailed if error.code < 500 else WorkerDied)(said) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise WorkerDied(f"no answer from {self._url} ({error})") from error
+
+
+def url_of(address: str) -> str:
+    """Return the URL of HOST:PORT or of a URL, without a slash at its end. Raises ValueError for anything else."""
+    url = (address if "://" in address else f"http://{address}").rstrip("/")
+    parts = urllib.parse.urlsplit(url)
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or set(url) & set(" \t\n?#"):
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return url
+
+
+def _body_of(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read()[:2000].decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _options(nodes: dict[str, Any], node: str, name: str) -> list[str]:
+    """Return the choices of a combo input in the server's description of its nodes."""
+    try:
+        kind = nodes[node]["input"]["required"][name]
+        found: list[str] = kind[0] if isinstance(kind[0], list) else kind[1].get("options", [])
+        return found
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return []
 
 
 def lossless(pixels: results.Pixels) -> bytes:
@@ -200,6 +282,13 @@ def _common(settings: Settings, file: str, source: str) -> Graph:
         "latent": _node("VAEEncode", pixels=["frames", 0], vae=["model", 2]),
         "source": _node("CLIPTextEncode", clip=["model", 1], text=source),
     }
+
+
+def _needed(settings: Settings) -> set[str]:
+    """Return the node types of all graphs of a study."""
+    job = Job("", TUNED, "", "", Path(), Path(), Path())
+    graphs = (tuning_graph(settings, "", "", ""), edit_graph(settings, "", job, "motion"))
+    return {node["class_type"] for graph in graphs for node in graph.values()}
 
 
 def tuning_graph(settings: Settings, file: str, source: str, prefix: str) -> Graph:

@@ -68,12 +68,22 @@ def test_a_server_that_is_killed_costs_its_edit_and_makes_what_this_process_make
         assert np.abs(mine - there).max() <= 3
 
 
-def test_a_refused_graph_is_a_failed_edit_and_the_next_one_is_made(server: Any, tmp_path: Path) -> None:
+def test_a_server_without_the_checkpoint_is_left_out(server: Any, tmp_path: Path) -> None:
     _, todo = studied(tmp_path)
     bad = jobs.Settings(**{**vars(SETTINGS), "checkpoint": "nowhere.safetensors"})
-    outcome = jobs.share(todo[:1], [servers.ServerWorker(f"127.0.0.1:{server.port}", bad)], False, lambda *_: None)
-    assert outcome.made == 0 and "nowhere.safetensors" in (outcome.failed or [])[0][1]
-    assert not todo[0].result.exists()
+    worker = servers.ServerWorker(f"127.0.0.1:{server.port}", bad)
+    outcome = jobs.share(todo[:1], [worker], False, lambda *_: None)
+    assert (outcome.made, outcome.failed, outcome.left) == (0, [], 1)
+    assert outcome.lost == {worker.name: "it has no checkpoint nowhere.safetensors"}
+
+
+def test_a_graph_that_fails_is_a_failed_edit_and_the_next_one_is_made(server: Any, tmp_path: Path) -> None:
+    _, todo = studied(tmp_path)
+    # Below the least number of steps.
+    bad = jobs.Settings(**{**vars(SETTINGS), "ddim_steps": 0})
+    outcome = jobs.share(todo[3:], [servers.ServerWorker(f"127.0.0.1:{server.port}", bad)], False, lambda *_: None)
+    assert outcome.made == 0 and len(outcome.failed) == 1 and "steps" in outcome.failed[0][1]
+    assert not todo[3].result.exists()
 
 
 def test_a_server_that_is_not_there_leaves_the_edits(tmp_path: Path) -> None:

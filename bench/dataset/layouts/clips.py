@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,16 +38,24 @@ def find_clip(name: Any, near: Path, roots: Sequence[Path], split: str = "") -> 
     return _find(name, [near.parent, *(root / folder for root in roots for folder in folders)], near, roots, "video")
 
 
+def plain_name(path: str) -> str:
+    """Return the last part of a path as lists have it, without the extension of a video."""
+    name = PurePosixPath(path.strip().replace("\\", "/")).name
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and f"{dot}{ending}".lower() in VIDEOS else name
+
+
 def find_mask(name: Any, video: str, near: Path, roots: Sequence[Path]) -> Path | None:
     """Find the mask that a list names, else the one under the video's name in a folder of masks; None for none.
 
     Raises BadRow for a named mask as ``find_clip`` does.
     """
     if name not in (None, ""):
-        return _find(name, [near.parent, *roots], near, roots, "video")
+        return _find(name, [near.parent, *roots], near, roots, "mask")
     for folder in _MASK_FOLDERS if video else ():
         try:
-            return _find(video, [near.parent, *(root / folder for root in roots)], near, roots, "mask")
+            # Not beside the list itself: what lies there under the video's name may be the frames.
+            return _find(video, [base / folder for base in (near.parent, *roots)], near, roots, "mask")
         except BadRow:
             continue
     return None
@@ -68,31 +77,59 @@ def _find(name: Any, bases: Sequence[Path], near: Path, roots: Sequence[Path], w
             outside = True
         elif path.is_dir() and pictures_of(path, roots):
             return path.resolve()
-        elif path.is_file() and path.suffix.lower() in VIDEOS:
+        elif is_video(path):
             return path.resolve()
     if outside or ".." in text.parts or text.is_absolute():
         raise BadRow(f"the {what} {name[:80]} lies outside the given folders, or is not there")
     raise BadRow(f"the {what} {name[:80]} is not there")
 
 
-def _candidates(text: PurePosixPath, bases: Sequence[Path], near: Path) -> Iterator[Path]:
-    if ".." in text.parts:
-        given = [near.parent / text]
-    elif text.is_absolute():
-        given = [Path(text)]
-    else:
-        tails = [PurePosixPath(*text.parts[start:]) for start in range(len(text.parts))]
-        given = [base / tail for tail in tails for base in bases]
-    for candidate in given:
-        yield candidate
-        for suffix in sorted(VIDEOS):
-            yield candidate.with_name(candidate.name + suffix)
+def _candidates(given: PurePosixPath, bases: Sequence[Path], near: Path) -> Iterator[Path]:
+    # Accents are one character or two, depending on the system that wrote the name.
+    forms = dict.fromkeys([str(given), *(unicodedata.normalize(form, str(given)) for form in ("NFC", "NFD"))])
+    for text in map(PurePosixPath, forms):
+        if ".." in text.parts:
+            paths = [near.parent / text]
+        elif text.is_absolute():
+            paths = [Path(text)]
+        else:
+            tails = [PurePosixPath(*text.parts[start:]) for start in range(len(text.parts))]
+            paths = [base / tail for tail in tails for base in bases]
+        for path in paths:
+            yield path
+            yield from with_video_ending(path)
+
+
+def with_video_ending(path: Path) -> list[Path]:
+    """Return the video files of a path's name: with an extension after it, or with its own in other letters."""
+    if not path.name:
+        return []
+    stem = path.stem if path.suffix.lower() in VIDEOS else path.name
+    endings = {path.suffix.lower()} if path.suffix.lower() in VIDEOS else VIDEOS
+    try:
+        near = [other for other in path.parent.iterdir() if other.name.startswith(f"{stem}.")]
+    except OSError:
+        return []
+    return sorted(other for other in near if other.name[len(stem) :].lower() in endings and other.is_file())
+
+
+def is_video(path: Path) -> bool:
+    """Return whether a path is a file with the extension of a video."""
+    return path.suffix.lower() in VIDEOS and path.is_file()
 
 
 def pictures_of(folder: Path, roots: Sequence[Path] | None = None) -> list[Path]:
-    """Return the pictures of a folder in the order of their numbers. Raises BadRow for a link out of the roots."""
+    """Return the pictures of a folder in the order of their numbers; hidden files are none.
+
+    Raises BadRow for a link out of the roots, and where one frame is there in two formats.
+    """
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
+    # Archives made on macOS bring a hidden file beside each picture.
+    found = [path for path in found if not path.name.startswith(".")]
     if roots is not None and any(path.is_symlink() and not is_inside(path, roots) for path in found):
         raise BadRow(f"a picture of {folder.name} links to a file outside the given folders")
-
-    return sorted(found, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), path.stem))
+    by_stem = {path.stem: path for path in found}
+    if len(by_stem) < len(found):
+        twice = next(path for path in found if by_stem[path.stem] != path)
+        raise BadRow(f"{folder.name} has {twice.name} and {by_stem[twice.stem].name}: one of them is no frame")
+    return sorted(found, key=lambda path: (re.sub(r"\d+", lambda digits: digits[0].zfill(20), path.stem), path.name))

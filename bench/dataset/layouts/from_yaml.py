@@ -38,14 +38,23 @@ class _Prompt(NamedTuple):
 
 
 def _prompts(holder: Lined, key: str) -> list[_Prompt]:
-    """Return the prompts of a mapping, which have names, or of a list."""
+    """Return the prompts of a mapping, which have names, of a list, or the only one."""
     prompts = holder.get(key)
     if isinstance(prompts, Lined):
-        return [_Prompt(str(name), str(name), text, prompts.lines[name]) for name, text in prompts.items()]
-    if isinstance(prompts, LinedList):
-        lined = zip(prompts, prompts.lines, strict=True)
-        return [_Prompt(str(i), "edit", text, line) for i, (text, line) in enumerate(lined)]
+        found = []
+        for name, value in prompts.items():
+            texts = _listed(value, prompts.lines[name])
+            for number, (text, line) in enumerate(texts, 1):
+                found.append(_Prompt(str(name) if number == 1 else f"{name}-{number}", str(name), text, line))
+        return found
+    if isinstance(prompts, (LinedList, str)):
+        return [_Prompt(str(i), "edit", *each) for i, each in enumerate(_listed(prompts, holder.lines[key]))]
     raise BadRow(f"{key} is neither a mapping nor a list of sentences")
+
+
+def _listed(value: Any, line: int) -> list[tuple[Any, int]]:
+    """Return the elements of a list with their lines; anything else is the only element."""
+    return list(zip(value, value.lines, strict=True)) if isinstance(value, LinedList) else [(value, line)]
 
 
 def _tune_a_video(file: Path, document: Lined) -> Entries:
@@ -90,18 +99,20 @@ def _edits_only(prompts: list[_Prompt], source: Any) -> list[_Prompt]:
     """Leave out the source sentence, which FateZero and Video-P2P list first."""
 
     def plain(text: Any) -> str:
-        return " ".join(re.findall(r"\w+", str(text).lower()))
+        return " ".join(re.findall(r"\w+", text.lower())) if isinstance(text, str) else ""
 
-    return [prompt for prompt in prompts if plain(prompt.text) != plain(source)]
+    return [prompt for prompt in prompts if not plain(prompt.text) or plain(prompt.text) != plain(source)]
 
 
 def _v2vbench(file: Path, entries: LinedList) -> Entries:
+    if not any(isinstance(entry, Lined) and "edit" in entry for entry in entries):
+        raise BadRow("no known layout")
     for entry, line in zip(entries, entries.lines, strict=True):
-        if not isinstance(entry, Lined) or not isinstance(entry.get("edit"), LinedList):
+        if not isinstance(entry, Lined) or "edit" not in entry:
             yield Place(file, line), BadRow("the entry has no video_id and list of edits")
             continue
         clip, source = entry.get("video_id"), entry.get("prompt", entry.get("source_prompt"))
-        for number, (edit, edit_line) in enumerate(zip(entry["edit"], entry["edit"].lines, strict=True)):
+        for number, (edit, edit_line) in enumerate(_listed(entry["edit"], entry.lines["edit"])):
             given = edit if isinstance(edit, Lined) else {"prompt": edit}
             kind = given.get("type", given.get("kind", "edit"))
             yield Place(file, edit_line), Draft(file, clip, number, kind, clip, source, given.get("prompt"))

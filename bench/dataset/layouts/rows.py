@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 
 from .clips import BadRow, find_clip, find_mask
 
-# Names become folders of the results.
-_NAME = re.compile(r"[\w()+,-][\w ().+,-]{0,99}")
+# Names become folders of the results. Some scripts write vowels as marks, which \w does not take.
+_SIGNS = "()+,'&!@=~-"
+_MOST_LETTERS = 100
 
 
 class Place(NamedTuple):
@@ -93,22 +95,39 @@ def finished(draft: Draft, place: Place, roots: Sequence[Path]) -> Row:
 
 
 def _sentence(value: Any, what: str) -> str:
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"no {what}")
+    if _has_broken_characters(value):
+        raise BadRow(f"the {what} has characters that are none")
     return " ".join(value.split())
 
 
 def _name(value: Any, what: str) -> str:
-    text = str(value).strip() if isinstance(value, (str, int)) else ""
-    if not _NAME.fullmatch(text) or text.endswith((".", " ")):
-        raise BadRow(f"the {what} has no usable name: {str(value)[:60]!r}")
+    text = str(value) if isinstance(value, (str, int)) else ""
+    text = unicodedata.normalize("NFC", text.strip())
+    letters = all(each.isalnum() or each in "_ ." + _SIGNS or unicodedata.category(each)[0] == "M" for each in text)
+    if not text or not letters or len(text) > _MOST_LETTERS or text[0] == "." or text[-1] == ".":
+        shown = repr(value[:60]) if isinstance(value, str) else f"{type(value).__name__} {text[:60]}".strip()
+        raise BadRow(f"the {what} has no usable name: {shown}")
     return text
 
 
 def _number(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < (1 if what == "step" else 0):
-        raise BadRow(f"{what} is {str(value)[:40]!r}, not a number of frames")
-    return value
+    given = value
+    if isinstance(given, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", given):
+        given = int(given)
+    elif isinstance(given, float) and given.is_integer():
+        given = int(given)
+    if isinstance(given, bool) or not isinstance(given, int) or not (what == "step") <= given < 10**9:
+        shown = str(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__
+        raise BadRow(f"{what} is {shown!r}, not a number of frames")
+    return given
+
+
+def _has_broken_characters(text: str) -> bool:
+    """Return whether a text cannot be written: JSON can name half of a character."""
+    return any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _new_words(source: str, edit: str) -> tuple[str, ...]:
