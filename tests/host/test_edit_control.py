@@ -33,6 +33,7 @@ class Controlled:
         graph = self.graph = Graph()
         loaded = checkpoint(graph)
         motion = graph.add("TAV_LoadMotion", file=motion_file)[0]
+        self.loaded, self.motion = loaded, motion
         self.model = inflate(graph, loaded.model, motion=motion)
         self.clip = clip_latent(graph, loaded.vae)
         prompt = graph.add(
@@ -159,6 +160,94 @@ def test_what_it_chains_with(server, motion_file):
         assert torch.equal(latent[..., right:], clip[..., right:]), number
         if number != 3:  # a second helping of the same prompt changes nothing
             assert relative_error(latent, plain) > 1e-4, number
+
+
+def test_the_guider_finds_the_mask_that_tav_sample_finds(server, motion_file):
+    """As a MASK, and as a picture over the clip; outside it another sampler's result is the clip, too."""
+    edit = Controlled(motion_file)
+    graph, control = edit.graph, edit.control("object")
+    prompts = {"positive": edit.positive, "negative": edit.negative}
+    both = graph.add("TAV_EditGuider", model=edit.model, **prompts, latent=edit.inverted, control=control, guidance=7.5)
+    guider, mask = both[0], both[1]
+    sampled = graph.add(
+        "TAV_Sample", model=edit.model, **prompts, latent=edit.inverted, control=control,
+        steps=STEPS, guidance=7.5, eta=0.0, seed=0, last_step="zero",
+    )  # fmt: skip
+    custom = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("DisableNoise")[0],
+        guider=guider,
+        sampler=graph.add("KSamplerSelect", sampler_name="dpmpp_2m")[0],
+        sigmas=graph.add("BasicScheduler", model=edit.model, scheduler="ddim_uniform", steps=STEPS, denoise=1.0)[0],
+        latent_image=edit.inverted,
+    )[0]
+    images = graph.add("VAEDecode", samples=edit.clip, vae=edit.loaded.vae)[0]
+
+    def shown(mask):
+        return graph.add(
+            "VAEEncode", pixels=graph.add("TAV_ShowMask", images=images, mask=mask)[0], vae=edit.loaded.vae
+        )[0]
+
+    clip, other, ours, of_guider, of_sample = server.latents(
+        graph, edit.clip, custom, sampled[0], shown(mask), shown(sampled[1])
+    )
+    assert torch.equal(of_guider, of_sample)
+    kept = (ours == clip).all(1, keepdim=True).expand_as(clip)
+    assert 0 < kept.float().mean() < 1 and torch.equal(other[kept], clip[kept])
+    assert relative_error(other[~kept], clip[~kept]) > 1e-2
+
+
+def test_hooks_and_patches_beside_it(server, motion_file):
+    """LoRA hooks, patches of attn2 as IPAdapter sets them, FreeU: each acts, and the clip stays outside the mask."""
+    edit = Controlled(motion_file)
+    graph = edit.graph
+    control = edit.control("style", mask=edit.left_half(), blend_start=0.2)
+
+    def hooked(strength):
+        hooks = graph.add("CreateHookLora", lora_name="style.safetensors", strength_model=1.0, strength_clip=0.0)[0]
+        keyframes = graph.add("CreateHookKeyframe", strength_mult=strength, start_percent=0.0)[0]
+        hooks = graph.add("SetHookKeyframes", hooks=hooks, hook_kf=keyframes)[0]
+        return graph.add(
+            "ConditioningSetProperties", cond_NEW=edit.positive, strength=1.0, set_cond_area="default", hooks=hooks
+        )[0]
+
+    prompted = graph.add("ProbeImagePrompt", model=edit.model, strength=0.8, seed=5)[0]
+    before = graph.add("ProbeImagePrompt", model=edit.loaded.model, strength=0.8, seed=5)[0]
+    free_u = graph.add("FreeU_V2", model=edit.model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)[0]
+    clip, plain, off, before, apart, *acting = server.latents(
+        graph,
+        edit.clip,
+        edit.video(control),
+        edit.video(control, positive=hooked(0.0)),
+        edit.video(control, model=inflate(graph, before, motion=edit.motion)),
+        edit.video(control, model=graph.add("ProbeSeparateConds", model=prompted)[0]),
+        edit.video(control, positive=hooked(1.0)),
+        edit.video(control, model=free_u),
+        edit.video(control, model=prompted),
+    )
+    assert relative_error(off, plain) < 1e-5
+    right = WIDTH // 16
+    for latent in acting:
+        assert torch.isfinite(latent).all() and relative_error(latent, plain) > 1e-4
+        assert torch.equal(latent[..., right:], clip[..., right:])
+    assert relative_error(before, acting[-1]) < 1e-4 and relative_error(apart, acting[-1]) < 1e-4
+
+
+def test_offloaded_weights_and_guidance_1(server, motion_file):
+    """As under --lowvram; and at guidance 1 the negative prompt is not asked."""
+    edit = Controlled(motion_file)
+    graph, control = edit.graph, edit.control("style")
+    offloaded = graph.add("ProbeOffloaded", model=edit.loaded.model)[0]
+    loaded, fetched, plain, one, other = server.latents(
+        graph,
+        edit.video(control),
+        edit.video(control, model=inflate(graph, offloaded, motion=edit.motion)),
+        edit.video(),
+        edit.video(control, guidance=1.0),
+        edit.video(control, guidance=1.0, negative=edit.source),
+    )
+    assert relative_error(fetched, loaded) < 0.05 * relative_error(loaded, plain)
+    assert torch.equal(one, other) and relative_error(one, loaded) > 1e-4
 
 
 def test_without_its_trajectory_one_sentence_says_what_to_do(server, motion_file):
