@@ -272,20 +272,19 @@ def test_what_a_plain_model_samples_can_be_controlled(edit: Edit) -> None:
     assert torch.equal(edit.run(control, model=plain), edit.run(control, model=inflated))
 
 
-def test_a_step_keeps_the_clips_queries_and_keys_of_one_window_only(edit: Edit) -> None:
+def test_what_is_kept_of_the_clip_is_one_steps_and_goes_at_the_end(edit: Edit) -> None:
     with torch.inference_mode():
         run = controlled(edit.model, EVERYTHING, edit.trajectory, edit.noise, edit.positive)
         sizes: list[int] = []
-        end = run.end
 
-        def ended() -> None:
-            if run._now is not None and run._now[1].kept:
-                sizes.append(sum(kept.nbytes for kept in run._now[1].kept.values()))
-            end()
+        def callback(*_: Any) -> None:
+            assert run._now is not None
+            sizes.append(sum(kept.nbytes for kept in run._now[1].kept.values()))
 
-        run.end = ended  # type: ignore[method-assign]
-        sample(edit.model, edit.noise, edit.positive, edit.negative, STEPS, 3.0, control=run)
-        assert run._now is None and sizes == []
+        sample(edit.model, edit.noise, edit.positive, edit.negative, STEPS, 3.0, control=run, callback=callback)
+        # Levers end one after the other.
+        assert len(sizes) == STEPS and sizes[0] > sizes[-1] == 0 and sizes == sorted(sizes, reverse=True)
+        assert run._now is None
 
 
 def test_cancelled_at_any_step_the_model_is_its_own_again(edit: Edit) -> None:
