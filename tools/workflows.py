@@ -75,6 +75,15 @@ def _under_control() -> dict[str, dict[int, str]]:
         "tune-a-video-keep-background": {**one, 16: "7. In words"},
         "tune-a-video-change-colour": one,
         "tune-a-video-one-of-two": one,
+        "tune-a-video-add-what-moves-along": one,
+        "tune-a-video-moving-mask": {
+            **start,
+            **{9: "5. Where", 12: "6. Edit", 16: "7. Side by side, and where"},
+        },
+        "tune-a-video-many-prompts-one-control": {
+            **start,
+            **{8: "4. Control", 9: "5. Edit 1", 13: "6. Edit 2", 17: "7. Edit 3", 21: "8. Side by side"},
+        },
     }
 
 
