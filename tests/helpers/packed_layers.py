@@ -17,34 +17,37 @@ class Packed(torch.Tensor):
 
     stands_for: torch.Size
 
+    def __new__(cls, data: Tensor, *, stands_for: torch.Size) -> Packed:
+        return data.as_subclass(cls)
+
+    def __init__(self, data: Tensor, *, stands_for: torch.Size) -> None:
+        self.stands_for = stands_for
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        return _packed(super().to(*args, **kwargs), self.stands_for)
+        return Packed(super().to(*args, **kwargs), stands_for=self.shape)
 
     def detach(self) -> Packed:
         return self
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.stands_for
-
-
-def _packed(data: Tensor, shape: torch.Size) -> Packed:
-    new = data.as_subclass(Packed)
-    new.stands_for = shape
-    return new
+        shape: torch.Size = vars(self).get("stands_for", self.size())
+        return shape
 
 
 def pack(weight: Tensor) -> Packed:
     blocks = weight.float().reshape(-1, BLOCK)
     scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
     values = (blocks / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    return _packed(torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 1), weight.shape)
+    return Packed(torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 1), stands_for=weight.shape)
 
 
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
-    data = packed.as_subclass(Tensor)
-    scale = data[:, :2].contiguous().view(torch.float16).to(dtype)
-    return (data[:, 2:].view(torch.int8).to(dtype) * scale).reshape(packed.stands_for)
+    rows: Any = packed.data
+    scale = rows[:, :2].contiguous().view(torch.float16).to(dtype)
+    values = (rows[:, 2:].view(torch.int8).to(dtype) * scale).reshape(packed.stands_for)
+    # Results of operations are Packed, too: this ends it, though not within a dispatch mode.
+    return torch.Tensor(values)
 
 
 def pack_all(weights: dict[str, Tensor]) -> dict[str, Tensor]:

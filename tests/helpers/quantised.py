@@ -52,14 +52,17 @@ LAYOUTS = {
 }
 
 
-def as_mixed(weights: Weights, quant_format: str) -> tuple[Weights, Weights]:
-    """Return the weights of linear layers under ``comfy_quant``, and what all weights stand for."""
+def as_mixed(weights: Weights, quant_format: str, spared: str = "none") -> tuple[Weights, Weights]:
+    """Return the weights of linear layers under ``comfy_quant``, and what all weights stand for.
+
+    ``spared``: layers with this in their name stay as they are.
+    """
     from comfy.quant_ops import QuantizedTensor
 
     stored, meant = {}, {}
     for key, value in weights.items():
         stored[key] = meant[key] = value.float()
-        if key.endswith(".weight") and value.ndim == 2 and min(value.shape) >= 32:
+        if key.endswith(".weight") and value.ndim == 2 and min(value.shape) >= 32 and spared not in key:
             quantised = QuantizedTensor.from_float(value.float(), LAYOUTS[quant_format], **_scale_of(quant_format))
             del stored[key]
             stored |= quantised.state_dict(key)

@@ -47,7 +47,9 @@ def as_scaled_file(weights):
 
 
 FAMILIES = {"fp8": as_fp8, "scaled fp8": as_scaled_file, "gguf": as_packed} | {
-    f"mixed {name}": lambda weights, name=name: as_mixed(weights, name) for name in mixed_formats()
+    # The loader reads a model's family off attn2.to_k's shape, which nvfp4 halves.
+    f"mixed {name}": lambda weights, name=name: as_mixed(weights, name, spared="attn2.to_k")
+    for name in mixed_formats()
 }
 
 
