@@ -9,6 +9,7 @@ import comfy.ops
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_layers import SecretOps, keep_secret
 from quantised import CONFIG, KINDS, dequantised, random_weights
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
@@ -146,29 +147,23 @@ def test_a_run_is_known_by_the_weights_as_they_are_stored(build: Build) -> None:
     assert key(model) != key(other)
 
 
-class Secret(comfy.ops.manual_cast):
-    """Layers that dequantise in their forward, and nowhere else."""
+class Bytes(comfy.ops.manual_cast.Linear):
+    """A weight without the layer's shape, which only the layer's forward knows."""
 
-    class Linear(comfy.ops.manual_cast.Linear):
-        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            return F.linear(input, self.weight.to(input.dtype) / 64, self.bias)
-
-    class Bytes(comfy.ops.manual_cast.Linear):
-        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            weight = self.weight.to(input.dtype).reshape(self.out_features, self.in_features) / 64
-            return F.linear(input, weight, self.bias)
+    def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
+        weight = self.weight.to(input.dtype).reshape(self.out_features, self.in_features) / 64
+        return F.linear(input, weight, self.bias)
 
 
 @pytest.mark.parametrize("raw", [False, True])
 @torch.inference_mode()
-def test_weights_that_cannot_be_read_are_refused_before_any_work(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model(CONFIG, random_weights(), operations=Secret)
+def test_weights_that_cannot_be_read_are_refused_before_any_work(raw: bool) -> None:
+    model = build_model(CONFIG, random_weights(), operations=SecretOps)
+    keep_secret(model.model.diffusion_model)
     for layer in model.model.diffusion_model.modules():
-        if isinstance(layer, Secret.Linear):
-            stored = (64 * layer.weight).clamp(-127, 127).to(torch.int8)
-            if raw:
-                layer.__class__, stored = Secret.Bytes, stored.flatten()
-            layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+        if raw and isinstance(layer, SecretOps.Linear):
+            layer.__class__ = Bytes
+            layer.weight = torch.nn.Parameter(layer.weight.flatten(), requires_grad=False)
     with (
         pytest.raises(Refusal, match="model: its weights are quantised as int8 in .* Load an fp16 or bf16 checkpoint"),
         trainer_of(model, LATENTS, COND, SETTINGS),

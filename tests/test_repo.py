@@ -181,6 +181,19 @@ def test_the_oldest_host_is_the_same_everywhere() -> None:
     assert f"ComfyUI {tune_a_video.OLDEST_HOST} or newer is needed" in (ROOT / "README.md").read_text()
 
 
+def test_every_promise_names_a_test_that_exists() -> None:
+    promises = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", promises)
+    assert len(named) > 80
+    for file in {file for file, _ in named}:
+        functions = {
+            node.name
+            for node in ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert {function for name, function in named if name == file} <= functions, file
+
+
 def test_every_file_is_python_3_10() -> None:
     """Python 3.10 is the oldest supported version; tests on newer ones would not notice newer syntax."""
     for file in ROOT.rglob("*.py"):

@@ -10,6 +10,7 @@ from typing import Any
 import comfy.ops
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import Refusal
 from .stored import is_coarse, weight_shape
@@ -34,7 +35,8 @@ def lent(layer: torch.nn.Module, x: Tensor) -> Iterator[WeightAndBias]:
         yield plain.weight.to(x), None if plain.bias is None else plain.bias.to(x)
     elif hasattr(layer, "cast_bias_weight"):  # ComfyUI-GGUF dequantises there
         own: Any = layer
-        with torch.no_grad():
+        # It turns its tensors into plain ones with torch.Tensor(), which fails within modes that look at operations.
+        with torch.no_grad(), _disable_current_modes():
             dequantised = own.cast_bias_weight(x)
         yield dequantised
     elif _TAKES_BACK:

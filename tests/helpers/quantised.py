@@ -1,4 +1,4 @@
-"""Small UNets in every storage that checkpoints come in, and the same UNets dequantised."""
+"""Weights in every storage that checkpoints come in, small UNets of them, and the same UNets dequantised."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import comfy.ops
 import torch
-import torch.nn.functional as F
+from packed_layers import Packed, PackedOps, pack_all, unpack
 from torch import Tensor
 from unets import UNETS, build_model
 
 CONFIG = UNETS["tiny"]
 FP8 = torch.float8_e4m3fn
+Weights = dict[str, Tensor]
 
 
-def random_weights() -> dict[str, Tensor]:
+def random_weights() -> Weights:
     return {k: v.clone() for k, v in build_model(CONFIG).model.diffusion_model.state_dict().items()}
 
 
@@ -24,15 +25,21 @@ def plain_fp8() -> Any:
     return build_model(CONFIG, random_weights(), dtype=FP8, compute_dtype=torch.float32)
 
 
+def as_scaled_fp8(weights: Weights) -> tuple[Weights, Weights]:
+    """Return the weights of linear layers in fp8 with a ``scale_weight`` each, and what all weights stand for."""
+    stored, meant = {}, {}
+    for key, value in weights.items():
+        stored[key] = meant[key] = value.float()
+        if key.endswith(".weight") and value.ndim == 2:
+            scale = value.float().abs().amax() / torch.finfo(FP8).max
+            stored[key], stored[key.removesuffix("weight") + "scale_weight"] = (value.float() / scale).to(FP8), scale
+            meant[key] = stored[key].float() * scale
+    return stored, meant
+
+
 def scaled_fp8() -> Any:
     """As ComfyUI 0.3.64 loads scaled fp8: the layers multiply by ``scale_weight`` in their own forward."""
-    weights: dict[str, Tensor] = {}
-    for key, value in random_weights().items():
-        if key.endswith(".weight") and value.ndim == 2:
-            scale = value.abs().amax() / torch.finfo(FP8).max
-            weights[key], weights[key.removesuffix("weight") + "scale_weight"] = (value / scale).to(FP8), scale
-        else:
-            weights[key] = value
+    weights, _ = as_scaled_fp8(random_weights())
     return build_model(CONFIG, weights, operations=comfy.ops.scaled_fp8_ops(override_dtype=FP8))
 
 
@@ -45,108 +52,52 @@ LAYOUTS = {
 }
 
 
-def mixed(quant_format: str) -> Callable[[], Any]:
-    """As ComfyUI 0.26 and newer load ``comfy_quant``: a Linear of their own, with a quantised tensor as weight."""
+def as_mixed(weights: Weights, quant_format: str, spared: str = "none") -> tuple[Weights, Weights]:
+    """Return the weights of linear layers under ``comfy_quant``, and what all weights stand for.
 
-    def build() -> Any:
-        from comfy.quant_ops import QuantizedTensor
+    ``spared``: layers with this in their name stay as they are.
+    """
+    from comfy.quant_ops import QuantizedTensor
 
-        weights: dict[str, Tensor] = {}
-        for key, value in random_weights().items():
-            if key.endswith(".weight") and value.ndim == 2 and min(value.shape) >= 32:
-                quantised = QuantizedTensor.from_float(value, LAYOUTS[quant_format], **_scale_of(quant_format))
-                weights |= quantised.state_dict(key)
-                told = json.dumps({"format": quant_format}).encode()
-                weights[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
-            else:
-                weights[key] = value
-        operations = comfy.ops.mixed_precision_ops({}, torch.float32, disabled=set(LAYOUTS))
-        return build_model(CONFIG, weights, operations=operations)
-
-    return build
+    stored, meant = {}, {}
+    for key, value in weights.items():
+        stored[key] = meant[key] = value.float()
+        if key.endswith(".weight") and value.ndim == 2 and min(value.shape) >= 32 and spared not in key:
+            quantised = QuantizedTensor.from_float(value.float(), LAYOUTS[quant_format], **_scale_of(quant_format))
+            del stored[key]
+            stored |= quantised.state_dict(key)
+            told = json.dumps({"format": quant_format}).encode()
+            stored[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
+            meant[key] = quantised.dequantize().float()
+    return stored, meant
 
 
 def _scale_of(quant_format: str) -> dict[str, Any]:
     return {"scale": "recalculate"} if quant_format.startswith("float8") else {}
 
 
-# --- ComfyUI-GGUF's way: raw bytes, a shape that is not theirs, and a cast_bias_weight of the layer's own -----------
+def mixed(quant_format: str) -> Callable[[], Any]:
+    """As ComfyUI 0.26 and newer load ``comfy_quant``: a Linear of their own, with a quantised tensor as weight."""
 
-BLOCK = 32
+    def build() -> Any:
+        weights, _ = as_mixed(random_weights(), quant_format)
+        operations = comfy.ops.mixed_precision_ops({}, torch.float32, disabled=set(LAYOUTS))
+        return build_model(CONFIG, weights, operations=operations)
 
-
-class Packed(torch.Tensor):
-    """Blocks of an fp16 scale and 32 int8 values, 34 bytes each, as GGUF's Q8_0."""
-
-    stands_for: torch.Size
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        return _packed(super().to(*args, **kwargs), self.stands_for)
-
-    def detach(self) -> Packed:
-        return self
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.stands_for
+    return build
 
 
-def _packed(data: Tensor, shape: torch.Size) -> Packed:
-    new = data.as_subclass(Packed)
-    new.stands_for = shape
-    return new
+def mixed_formats() -> list[str]:
+    """Return the formats of ``comfy_quant`` that this host knows."""
+    if not hasattr(comfy.ops, "mixed_precision_ops"):
+        return []
+    from comfy.quant_ops import QUANT_ALGOS
 
-
-def pack(weight: Tensor) -> Packed:
-    blocks = weight.reshape(-1, BLOCK)
-    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
-    values = (blocks / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    return _packed(torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 1), weight.shape)
-
-
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
-    data = packed.as_subclass(Tensor)
-    scale = data[:, :2].contiguous().view(torch.float16).to(dtype)
-    return (data[:, 2:].view(torch.int8).to(dtype) * scale).reshape(packed.stands_for)
-
-
-class _PackedLayer(torch.nn.Module):
-    comfy_cast_weights = True
-
-    def cast_bias_weight(
-        self, input: Any = None, dtype: Any = None, device: Any = None, bias_dtype: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        layer: Any = self
-        dtype = dtype or input.dtype
-        weight = layer.weight
-        weight = unpack(weight, dtype) if isinstance(weight, Packed) else weight.to(dtype)
-        return weight, None if layer.bias is None else layer.bias.to(dtype)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in ("weight", "bias"):
-            if (value := state.get(prefix + name)) is not None:
-                setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, value in self.named_parameters(recurse=False):
-            destination[prefix + name] = torch.zeros(value.shape, device="meta")
-
-
-class PackedOps(comfy.ops.manual_cast):
-    """Layers of ``Packed`` weights."""
-
-    class Linear(_PackedLayer, comfy.ops.manual_cast.Linear):
-        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            return F.linear(input, *self.cast_bias_weight(input))
-
-    class Conv2d(_PackedLayer, comfy.ops.manual_cast.Conv2d):
-        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            return self._conv_forward(input, *self.cast_bias_weight(input))
+    return [name for name in LAYOUTS if name in QUANT_ALGOS]
 
 
 def gguf() -> Any:
-    weights = {k: pack(v) if v.ndim > 1 and v.numel() % BLOCK == 0 else v for k, v in random_weights().items()}
-    return build_model(CONFIG, weights, operations=PackedOps)
+    return build_model(CONFIG, pack_all(random_weights()), operations=PackedOps)
 
 
 # --- the same, dequantised --------------------------------------------------------------------------------------------
@@ -154,7 +105,7 @@ def gguf() -> Any:
 
 def dequantised(model: Any) -> Any:
     """Build a float32 model with the weights that a quantised one stands for, read layer by layer, not by the pack."""
-    weights: dict[str, Tensor] = {}
+    weights: Weights = {}
     for path, layer in model.model.diffusion_model.named_modules():
         weight: Any = getattr(layer, "weight", None)
         if weight is None:
@@ -174,7 +125,4 @@ def dequantised(model: Any) -> Any:
 KINDS: dict[str, Callable[[], Any]] = {"fp8": plain_fp8, "gguf": gguf}
 if hasattr(comfy.ops, "scaled_fp8_ops"):
     KINDS["scaled fp8"] = scaled_fp8
-if hasattr(comfy.ops, "mixed_precision_ops"):
-    from comfy.quant_ops import QUANT_ALGOS
-
-    KINDS |= {f"mixed {name}": mixed(name) for name in LAYOUTS if name in QUANT_ALGOS}
+KINDS |= {f"mixed {name}": mixed(name) for name in mixed_formats()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -222,3 +223,13 @@ def save_latent(graph: Graph, latent: Link) -> Node:
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     return ((value - reference).norm() / reference.norm()).item()
+
+
+def assert_refused(server: Any, graph: Graph, node: Node, message: str) -> None:
+    """Only `node` fails, saying something that matches `message`, without having reported any progress."""
+    graph.add("PreviewAny", source=node[0])  # the host runs only what an output node needs
+    result = server.run(graph.nodes)
+    assert result.status in ("error", "invalid"), f"{node.id} took it: {result}"
+    assert set(result.errors) == {node.id}
+    assert re.search(message, result.errors[node.id]), result.errors[node.id]
+    assert not [p for p in result.progress if p.node == node.id]

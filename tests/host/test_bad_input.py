@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 
@@ -16,6 +15,7 @@ from graphs import (
     WIDTH,
     Graph,
     Node,
+    assert_refused,
     checkpoint,
     inflate,
     invert,
@@ -48,16 +48,6 @@ def host_stays_usable(server):
 
 def node_of(link):
     return Node(link[0])
-
-
-def assert_refused(server, graph, node, message):
-    """Only `node` fails, saying something that matches `message`, without having reported any progress."""
-    graph.add("PreviewAny", source=node[0])  # the host runs only what an output node needs
-    result = server.run(graph.nodes)
-    assert result.status in ("error", "invalid"), f"{node.id} took it: {result}"
-    assert set(result.errors) == {node.id}
-    assert re.search(message, result.errors[node.id]), result.errors[node.id]
-    assert not [p for p in result.progress if p.node == node.id]
 
 
 # --- clips -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -257,10 +258,39 @@ class ProbeSDXL:
         return (comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=device),)
 
 
+class ProbePackedUNet:
+    """A file of plain weights, loaded as ComfyUI-GGUF loads its own; `secret`: layers keep them to themselves."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"unet_name": ("STRING",), "secret": ("BOOLEAN",)}}
+
+    def run(self, unet_name, secret):
+        import comfy.sd
+        import comfy.utils
+
+        path = Path(__file__).resolve().parents[2] / "helpers" / "packed_layers.py"
+        spec = importlib.util.spec_from_file_location("probe_packed_layers", path)
+        layers = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(layers)
+        weights = comfy.utils.load_torch_file(folder_paths.get_full_path("diffusion_models", unet_name))
+        operations = layers.SecretOps if secret else layers.PackedOps
+        model = comfy.sd.load_diffusion_model_state_dict(
+            weights if secret else layers.pack_all(weights), model_options={"custom_operations": operations}
+        )
+        if secret:
+            layers.keep_secret(model.model.diffusion_model)
+        return (model,)
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         ProbeHints, ProbeSeparateConds, ProbeRecord, ProbeImagePrompt, ProbeOffloaded, ProbeConditioning, ProbeLatent,
-        ProbeSDXL, ProbeFramePrompts,
+        ProbeSDXL, ProbeFramePrompts, ProbePackedUNet,
     )
 }  # fmt: skip
