@@ -24,7 +24,7 @@ from tune_a_video.tav_core.media.encode import save_clip
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "bench"), str(ROOT / "demo")]
 
-from dataset import command, jobs, layouts, local, page, results, scoring, sources  # noqa: E402
+from dataset import jobs, layouts, local, page, results, scoring, sources  # noqa: E402
 
 SETTINGS = jobs.Settings(frames=2, width=16, height=16)
 # Makes pictures from the job's text in a tenth of a second, and writes down each edit that it finished. Sentences can
@@ -375,10 +375,13 @@ def test_tem_con_and_fram_acc_of_known_embeddings() -> None:
     assert scoring.frame_accuracy(images, source, edit) == pytest.approx(2 / 3)
 
 
-def options(*given: Any) -> dict[str, Any]:
+def run_study(*given: Any) -> dict[str, Any]:
+    """Run the command in this process."""
+    from dataset import command
+
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return vars(parser.parse_args([*map(str, given)]))
+    return command.run(**vars(parser.parse_args([*map(str, given)])))
 
 
 @pytest.mark.parametrize(
@@ -399,11 +402,13 @@ def test_what_is_needed_after_hours_is_asked_for_before(tmp_path: Path, given: t
     there = str(tmp_path / "there")
     values = [there if value == "there" else value for value in given]
     with pytest.raises(SystemExit, match=given[0]):
-        command.run(**options(tmp_path / "set", "--output", tmp_path / "out", *values))
+        run_study(tmp_path / "set", "--output", tmp_path / "out", *values)
     assert not (tmp_path / "out" / "source").exists()
 
 
 def test_an_edit_whose_sentence_has_changed_is_made_again_and_no_other(tmp_path: Path) -> None:
+    from dataset import command
+
     output, rows = study(tmp_path)
     command._remove_changed(output, [jobs.TUNED], rows)
     assert all(results.edit_folder(output, jobs.TUNED, row).is_dir() for row in rows)
@@ -456,8 +461,12 @@ def test_a_study_of_the_demos_model_that_is_interrupted_ends_as_one_that_is_not(
         seen += line
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert "Interrupted" in process.communicate(timeout=10)[0]
-    assert time.monotonic() - started < 5 and process.returncode != 0
+    while "Interrupted" not in line:
+        line = process.stdout.readline()
+        assert line
+    # All workers have ended by then; this process's own end is the interpreter's, which a busy machine makes slow.
+    assert time.monotonic() - started < 5
+    assert process.wait(timeout=60) != 0
     there = len(list((tmp_path / "out" / "results").rglob("00003.jpg")))
     assert 1 <= there < 4
     again = subprocess.run(whole, capture_output=True, text=True, check=True)
