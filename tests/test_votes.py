@@ -37,17 +37,16 @@ sys.path[:] = {path!r}
 import engine
 engine.load_pack()
 from pathlib import Path
-from aiohttp import web
 spec = importlib.util.spec_from_file_location('test_votes', {this!r})
 t = importlib.util.module_from_spec(spec)
 sys.modules['test_votes'] = t
 spec.loader.exec_module(t)
 from votes.answers import Answers
 from votes.pairs import Secret
-from votes.server import application
+from votes.server import application, serve
 folder = Path({folder!r})
 app = application(t.made_pairs(folder), Answers(folder / "answers.jsonl"), Secret(folder / "secret"))
-web.run_app(app, host="127.0.0.1", port={port}, print=None)
+serve(app, "127.0.0.1", {port})
 """
 
 
@@ -267,6 +266,31 @@ def test_a_broken_video_flickers() -> None:
     still = torch.full((6, 8, 8, 3), 0.6)
     assert broken(still, 0).mean((1, 2, 3)).std() > 0.1
     assert torch.equal(broken(still, 0), broken(still, 0))
+
+
+def test_votes_on_other_pairs_say_nothing_about_ours() -> None:
+    votes = [{**vote, "methods": ["ours", "other"]} for vote in made_votes(3, 2, 1.0)]
+    votes += [
+        {**vote, "id": f"x{vote['id']}", "methods": ["third", "other"], "consistency": "third", "text": "third"}
+        for vote in made_votes(3, 2, 1.0)
+    ]
+    lines = outcome.preferences(votes, "ours")
+    assert {line["than"] for line in lines} == {"other"} and all(line["votes"] == 6 for line in lines)
+    assert {line["than"] for line in outcome.preferences(votes, "other")} == {"ours", "third"}
+
+
+def test_ctrl_c_ends_the_page_while_a_video_is_loading(page: Page, tmp_path: Path) -> None:
+    name = uuid.uuid4().hex
+    pair = json.loads(page.get(f"/next?voter={name}"))["pair"]
+    for file in tmp_path.glob("*.mp4"):
+        file.write_bytes(bytes(2**24))
+    with socket.create_connection(("127.0.0.1", page.port)) as loading:
+        loading.sendall(f"GET /video/{name}/{pair}/left.mp4 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert loading.recv(100).startswith(b"HTTP/1.1 200")
+        page.process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        page.process.wait(timeout=30)
+    assert time.monotonic() - started < 10
 
 
 def made_votes(voters: int, pairs: int, share: float, seed: int = 0) -> list[dict[str, Any]]:

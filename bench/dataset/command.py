@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(path: Path, videos: Sequence[Path], output: Path, **options: Any) -> dict[str, Any]:
     """Run the study and return its report. Exits with a message where it cannot, or where edits are missing."""
+    try:
+        return _run(path, videos, output, options)
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted; the same command continues.") from None
+
+
+def _run(path: Path, videos: Sequence[Path], output: Path, options: dict[str, Any]) -> dict[str, Any]:
     if options["draw"]:
         drawn.write(path)
     try:
@@ -92,13 +100,11 @@ def run(path: Path, videos: Sequence[Path], output: Path, **options: Any) -> dic
     if not rows:
         raise SystemExit("There is nothing to edit.")
     settings = _settings(options)
+    _check_files(options)
     with _only_one(output):
         _check_same_study(output, settings)
         results.remove_unfinished(output)
-        try:
-            return _study(output, rows, settings, options, report)
-        except KeyboardInterrupt:
-            raise SystemExit("Interrupted; the same command continues.") from None
+        return _study(output, rows, settings, options, report)
 
 
 def _study(
@@ -107,6 +113,7 @@ def _study(
     rows, unreadable = _with_sources(output, rows, settings)
     # A clip's tuning comes first, and all its edits by one method in turn: a server keeps its last inversion only.
     methods = sorted(dict.fromkeys(options["methods"]), key=jobs.METHODS.index)
+    _remove_changed(output, methods, rows)
     todo = [
         job
         for clip in dict.fromkeys(results.clip_id(row) for row in rows)
@@ -128,10 +135,7 @@ def _study(
     clip = _clip(settings, options["clip_vision"], options["clip"])
     scored, missing = scoring.score_all(output, systems, rows, clip, lambda line: print(line, flush=True))
     if options["labels"]:
-        try:
-            report["rank_correlation"] = scoring.rank_correlation(scored, scoring.read_labels(options["labels"]))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--labels: {error}") from error
+        report["rank_correlation"] = scoring.rank_correlation(scored, _labels(options["labels"]))
         for figure, value in sorted(report["rank_correlation"].items(), key=lambda pair: -abs(pair[1])):
             print(f"rank correlation with people: {figure} {value:+.3f}")
     report |= {
@@ -157,6 +161,29 @@ def _study(
     if failed:
         raise SystemExit(f"{len(failed)} edits could not be made, and are named above. The same command tries again.")
     return report
+
+
+def _check_files(options: dict[str, Any]) -> None:
+    """Exit, before hours of work, for files and folders that are needed after it and are not there."""
+    if bool(options["clip_vision"]) != bool(options["clip"]):
+        raise SystemExit("--clip-vision and --clip belong together")
+    files = {name: options[name] for name in ("clip_vision", "clip", "labels") if options[name]}
+    if options["checkpoint"] and options["on"][0] != "servers":
+        files["checkpoint"] = Path(options["checkpoint"])
+    for name, file in files.items():
+        if not file.is_file():
+            raise SystemExit(f"--{name.replace('_', '-')}: {file}: no such file")
+    for text in options["also"]:
+        named_folder(text)
+    if options["labels"]:
+        _labels(options["labels"])
+
+
+def _labels(file: Path) -> dict[tuple[str, str, str], float]:
+    try:
+        return scoring.read_labels(file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--labels: {error}") from error
 
 
 def _first_clips(rows: list[layouts.Row], most: int) -> list[layouts.Row]:
@@ -185,7 +212,7 @@ def _with_sources(
         try:
             sources.keep(output, row, frames, (settings.width, settings.height))
             kept.append(row)
-        except (Refusal, OSError, layouts.BadRow) as error:
+        except (Refusal, OSError, ValueError) as error:
             unreadable.append(f"{row.place}: {error}")
     return kept, unreadable
 
@@ -193,7 +220,25 @@ def _with_sources(
 def _job(output: Path, method: str, row: layouts.Row) -> jobs.Job:
     clip = results.clip_id(row)
     folders = (output / "source" / clip, output / "work" / clip, results.edit_folder(output, method, row))
-    return jobs.Job(clip, method, row.source, row.edit, *(folder.resolve() for folder in folders))
+    places = [folder.resolve() for folder in folders]
+    return jobs.Job(clip, method, row.source, row.edit, *places, jobs.preset_of(row.kind))
+
+
+def _remove_changed(output: Path, methods: Sequence[str], rows: Sequence[layouts.Row]) -> None:
+    """Remove edits that were made from another sentence or other frames than their rows have now."""
+    file = output / "edits.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    for method in methods:
+        for row in rows:
+            folder = results.edit_folder(output, method, row)
+            name = folder.relative_to(output / "results").as_posix()
+            made_from = [row.source, row.edit, row.first, row.step, row.count]
+            made_from += [jobs.preset_of(row.kind)] if method == jobs.CONTROLLED else []
+            if known.get(name, made_from) != made_from and folder.is_dir():
+                print(f"{name} was made from {known[name][1]!r}; it is made again", flush=True)
+                shutil.rmtree(folder)
+            known[name] = made_from
+    results.write_whole(file, json.dumps(known, indent=0) + "\n")
 
 
 def _workers(output: Path, settings: jobs.Settings, options: dict[str, Any]) -> tuple[Sequence[jobs.Worker], bool]:
@@ -253,8 +298,6 @@ def _clip(settings: jobs.Settings, vision: Path | None, text: Path | None) -> sc
         images = comfy.clip_vision.load(str(vision))
         sentences = comfy.sd.load_clip([str(text)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
         name = f"{vision.name} {text.name}"
-    elif vision or text:
-        raise SystemExit("--clip-vision and --clip belong together")
     elif settings.checkpoint:
         return None
     else:
@@ -285,7 +328,7 @@ def _shown(output: Path, job: jobs.Job) -> str:
 
 def _check_same_study(output: Path, settings: jobs.Settings) -> None:
     """Write the settings into a new study's folder. Exits if the folder has edits of others."""
-    file, wanted = output / "study.json", settings.to_json()
+    file, wanted = output / layouts.STUDY, settings.to_json()
     if file.exists() and json.loads(file.read_text()) != wanted:
         raise SystemExit(f"--output: {output} holds a study with other settings ({file.name}). Choose another folder.")
     results.write_whole(file, json.dumps(wanted, indent=1) + "\n")

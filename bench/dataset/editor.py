@@ -9,7 +9,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from tune_a_video.tav_core import host, pipeline
+from tune_a_video.tav_core import host, pipeline, schedule
+from tune_a_video.tav_core.control.settings import PRESETS
+from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion import file as motions
 from tune_a_video.tav_core.motion.low_rank import expand
@@ -19,7 +21,7 @@ from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 
 from . import results
-from .jobs import FRAME_BY_FRAME, MOTION, NOISE, TUNED, Job, Settings
+from .jobs import CONTROLLED, FRAME_BY_FRAME, MOTION, NOISE, WITH_MOTION, Job, Settings
 
 
 class Editor:
@@ -45,20 +47,35 @@ class Editor:
                 frames = torch.from_numpy(results.read_frames(job.frames)).float() / 255
                 self._clip, self._latent = job.clip, self.vae.encode(frames)
             model = self._ready(job, source)
-            noise_file = job.work / NOISE.format(job.method)
-            if not noise_file.exists():
-                noise = pipeline.invert(model, self._latent, source, settings.ddim_steps)
-                results.write_whole(noise_file, safetensors.torch.save({"noise": noise.contiguous()}))
-            noise = safetensors.torch.load(noise_file.read_bytes())["noise"]
-            prompt = tiny_sd.encode(self.clip, job.edit)
-            latent = pipeline.sample(model, noise, prompt, empty, settings.ddim_steps, settings.guidance)
+            kept = self._inverted(job, model, source)
+            prompt, run = tiny_sd.encode(self.clip, job.edit), None
+            if job.method == CONTROLLED:
+                _, prompt, _ = host.encode_edit(self.clip, job.source, job.edit)
+                sigmas = schedule.inversion_sigmas(host.sigma_table(model), settings.ddim_steps)
+                trajectory = Trajectory(self._latent, kept["trajectory"], sigmas, source)
+                run = pipeline.controlled(model, PRESETS[job.preset], trajectory, kept["noise"], prompt)
+            steps, guidance = settings.ddim_steps, settings.guidance
+            latent = pipeline.sample(model, kept["noise"], prompt, empty, steps, guidance, control=run)
             return as_saved(self.vae.decode(latent))
+
+    def _inverted(self, job: Job, model: Any, source: Any) -> dict[str, Tensor]:
+        """Return the clip's noise, and for edit control its trajectory, from the work folder where they are there."""
+        file, steps = job.work / NOISE.format(job.method), self.settings.ddim_steps
+        if not file.exists():
+            if job.method == CONTROLLED:
+                noise, path = pipeline.invert_and_keep(model, self._latent, source, steps)
+                kept = {"noise": noise.contiguous(), "trajectory": path.latents.contiguous()}
+            else:
+                kept = {"noise": pipeline.invert(model, self._latent, source, steps).contiguous()}
+            results.write_whole(file, safetensors.torch.save(kept))
+        found: dict[str, Tensor] = safetensors.torch.load(file.read_bytes())
+        return found
 
     def _ready(self, job: Job, source: Any) -> Any:
         if job.method == FRAME_BY_FRAME:
             return self.model
         motion = None
-        if job.method == TUNED:
+        if job.method in WITH_MOTION:
             if not (job.work / MOTION).exists():
                 self._tune(job.work, source)
             motion = expand(motions.load_motion(job.work / MOTION))

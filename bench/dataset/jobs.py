@@ -9,9 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-# Ways to make an edit; the last two are baselines.
-TUNED, UNTUNED, FRAME_BY_FRAME = "tune-a-video", "without-tuning", "frame-by-frame"
-METHODS = (TUNED, UNTUNED, FRAME_BY_FRAME)
+# Ways to make an edit: the method without and with edit control, and two baselines.
+TUNED, CONTROLLED, UNTUNED, FRAME_BY_FRAME = "tune-a-video", "edit-control", "without-tuning", "frame-by-frame"
+METHODS = (TUNED, CONTROLLED, UNTUNED, FRAME_BY_FRAME)
+WITH_MOTION = (TUNED, CONTROLLED)
+# Parts of the names that data sets give to kinds of edits -> preset of edit control; "object" for all others.
+_PRESETS = {"style": "style", "background": "background", "colo": "colour", "add": "add or remove"}
+_PRESETS |= {"remov": "add or remove"}
+_OTHER_PRESET = "object"
 # Files of a clip's work folder: its tuning, and its inverted noise by each method.
 MOTION, NOISE = "motion.safetensors", "noise-{}.safetensors"
 # An edit that has ended this many workers is given up; after half of them another worker tries it, if there is one.
@@ -44,7 +49,8 @@ class Settings:
 @dataclass(frozen=True)
 class Job:
     """One edit. ``frames``: folder of the source's pictures; ``work``: folder of the clip's tuning; ``result``: folder
-    that the edit's pictures go to; ``clip`` names the clip, and jobs of one clip share its tuning."""
+    that the edit's pictures go to; ``clip`` names the clip, and jobs of one clip share its tuning; ``preset``: that of
+    edit control, for the method that has it."""
 
     clip: str
     method: str
@@ -53,6 +59,12 @@ class Job:
     frames: Path
     work: Path
     result: Path
+    preset: str = _OTHER_PRESET
+
+
+def preset_of(kind: str) -> str:
+    """Return edit control's preset for a kind of edit."""
+    return next((preset for part, preset in _PRESETS.items() if part in kind.lower()), _OTHER_PRESET)
 
 
 class WorkerDied(RuntimeError):

@@ -66,7 +66,8 @@ class RemoteEditor:
                 results.write_whole(work / name, content)
         if not source.is_dir():
             results.write_frames(source, frames, ".png")
-        job = Job(values["clip"], values["method"], values["source"], values["edit"], source, work, work)
+        paths = {"frames": source, "work": work, "result": work}
+        job = Job(**{**values, **paths})  # type: ignore[arg-type]
         edited = self._editor.edited(job)
         new = {path.name: path.read_bytes() for path in work.glob("*.safetensors") if path.name not in known}
         return edited, new

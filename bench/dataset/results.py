@@ -1,11 +1,12 @@
 """The folder of a study: where sources, tunings, edits and scores lie, and how files get there whole.
 
-source/SPLIT/CLIP/00000.png            the frames as they are edited, and mask/ the same
-work/SPLIT/CLIP/                       motion, inverted noise, state of a tuning
+source/CLIP/00000.png                  the frames as they are edited, and mask/ the same
+work/CLIP/                             motion, inverted noise, state of a tuning
 results/METHOD/SPLIT/VIDEO/NAME/00000.jpg   LOVEU-TGVE 2023's submission layout
 editboard-METHOD.csv                   EditBoard's list of the same edits
 scores/METHOD/SPLIT/VIDEO/NAME.json
-table.md, table.csv, table.json, index.html, pages/*.mp4
+edits.json                             what each edit was made from
+table.md, table.csv, summary.csv, table.json, index.html, pages/*.mp4
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,9 +37,21 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def clip_id(row: Row) -> str:
-    """Return SPLIT/CLIP for a row: rows of one id share frames, source sentence and tuning."""
-    decisive = json.dumps([str(row.frames), row.source, row.first, row.step, row.count])
-    return f"{row.split}/{row.video}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
+    """Return a name for a row's clip: rows of one name share frames, source sentence and tuning, also across lists."""
+    return f"{_plain(row.frames.stem)}-{_short_hash(str(row.frames), row.source, row.first, row.step, row.count)}"
+
+
+def mask_folder(output: Path, row: Row) -> Path | None:
+    """Return the folder of a row's mask, None for a row without one; edits of one clip may have different ones."""
+    return None if row.mask is None else output / "mask" / f"{clip_id(row)}-{_short_hash(str(row.mask))}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name)[:60]
+
+
+def _short_hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def edit_folder(output: Path, method: str, row: Row) -> Path:
@@ -119,9 +133,9 @@ def write_editboard(output: Path, method: str, rows: Iterable[Row]) -> None:
     table = csv.writer(text)
     table.writerow(["original_video_path", "edited_video_path", "semantic_mask_path", "source_prompt", "target_prompt"])
     for row in rows:
-        folder, mask = edit_folder(output, method, row), output / "mask" / clip_id(row)
+        folder, mask = edit_folder(output, method, row), mask_folder(output, row)
         if folder.is_dir():
-            paths = [output / "source" / clip_id(row), folder, *([mask] if mask.is_dir() else [])]
+            paths = [output / "source" / clip_id(row), folder, *([mask] if mask is not None and mask.is_dir() else [])]
             cells = [f"./{path.relative_to(output).as_posix()}" for path in paths] + [""] * (3 - len(paths))
             table.writerow([*cells, row.source, row.edit])
     write_whole(output / f"editboard-{method}.csv", text.getvalue())

@@ -106,46 +106,49 @@ def score_all(
                 except (Refusal, OSError, ValueError) as error:
                     missing.append(f"{system}: {row.split}/{row.video}/{row.name}: {error}")
                     continue
-                scored.append(Scored(system, f"{row.split}/{row.video}", row, figures))
+                scored.append(Scored(system, str(row.frames), row, figures))
         say(f"scored {name}")
     return scored, missing
 
 
 class _Source:
-    """A clip's frames, mask and flows, loaded when the first edit without a kept score needs them."""
+    """A clip's frames and flows, loaded when the first edit without a kept score needs them."""
 
     def __init__(self, output: Path, name: str) -> None:
-        self.folder, self.mask_folder = output / "source" / name, output / "mask" / name
-        self._loaded: tuple[Tensor, Tensor | None, Any] | None = None
+        self.folder = output / "source" / name
+        self._loaded: tuple[Tensor, Any] | None = None
 
-    def load(self) -> tuple[Tensor, Tensor | None, Any]:
+    def load(self) -> tuple[Tensor, Any]:
         if self._loaded is None:
             frames = torch.from_numpy(results.read_frames(self.folder)).float() / 255
-            mask = None
-            if self.mask_folder.is_dir():
-                mask = torch.from_numpy(results.read_frames(self.mask_folder, "L")).float() / 255
-                if bool((mask >= 0.5).all()):
-                    mask = None  # nothing lies outside
-            flows = metrics.source_flows(frames) if len(frames) > 1 else None
-            self._loaded = frames, mask, flows
+            self._loaded = frames, metrics.source_flows(frames) if len(frames) > 1 else None
         return self._loaded
+
+
+def _load_mask(folder: Path | None) -> Tensor | None:
+    if folder is None or not folder.is_dir():
+        return None
+    mask = torch.from_numpy(results.read_frames(folder, "L")).float() / 255
+    # Where it is everywhere, nothing lies outside.
+    return None if bool((mask >= 0.5).all()) else mask
 
 
 def _kept_or_new(
     output: Path, system: str, row: Row, place: Path, lazy: _Source, clip: Clip | None
 ) -> dict[str, float]:
     content = results.digest([place]) if place.is_dir() else str(place.stat().st_mtime_ns)
-    key = [_VERSION, results.digest([lazy.folder, lazy.mask_folder]), content, row.source, row.edit]
-    key.append(clip.name if clip else "")
+    mask = results.mask_folder(output, row)
+    source_content = results.digest([lazy.folder, *([] if mask is None else [mask])])
+    key = [_VERSION, source_content, content, row.source, row.edit, clip.name if clip else ""]
     file = output / "scores" / system / row.split / row.video / f"{row.name}.json"
     if file.is_file():
         kept = json.loads(file.read_text())
         if kept["key"] == key:
             return {name: float(value) for name, value in kept["figures"].items()}
-    source, mask, flows = lazy.load()
+    source, flows = lazy.load()
     edited = load_edit(place, len(source), (source.shape[2], source.shape[1]))
     with torch.inference_mode():
-        figures = score(source, edited, row, mask, flows, clip)
+        figures = score(source, edited, row, _load_mask(mask), flows, clip)
     results.write_whole(file, json.dumps({"key": key, "figures": {k: _plain(v) for k, v in figures.items()}}))
     return figures
 
@@ -218,7 +221,7 @@ def _cell(line: Mapping[str, Any] | None) -> str:
 
 
 def write_tables(output: Path, scored: Sequence[Scored], report: Mapping[str, Any]) -> str:
-    """Write table.md, table.csv (a line an edit) and table.json; return the Markdown."""
+    """Write table.md, table.csv (a line an edit), summary.csv and table.json; return the Markdown."""
     lines = summary(scored)
     text = markdown(lines)
     results.write_whole(output / "table.md", text)
@@ -231,6 +234,12 @@ def write_tables(output: Path, scored: Sequence[Scored], report: Mapping[str, An
         head = [each.method, row.split, row.video, row.name, row.kind, row.source, row.edit]
         table.writerow([*head, *(each.figures.get(name, "") for name in figures)])
     results.write_whole(output / "table.csv", cells.getvalue())
+    means = io.StringIO(newline="")
+    table = csv.writer(means)
+    columns = ["method", "kind", "figure", "mean", "spread", "edits", "clips"]
+    table.writerow(columns)
+    table.writerows([line[name] for name in columns] for line in lines)
+    results.write_whole(output / "summary.csv", means.getvalue())
     plain = [{key: None if isinstance(v, float) and math.isnan(v) else v for key, v in line.items()} for line in lines]
     results.write_whole(output / "table.json", json.dumps({**report, "summary": plain}, indent=1) + "\n")
     return text

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from . import results
-from .jobs import FRAME_BY_FRAME, TUNED, EditFailed, Job, Settings, WorkerDied, WorkerLost
+from .jobs import CONTROLLED, FRAME_BY_FRAME, WITH_MOTION, EditFailed, Job, Settings, WorkerDied, WorkerLost
 
 # Seconds: a single answer, a server that is starting again, between two looks at a graph.
 _ANSWER, RETURN, _LOOK = 60, 60, 0.3
@@ -53,7 +53,7 @@ class ServerWorker:
             self._check()
         file = self._upload(job.frames)
         motion = ""
-        if job.method == TUNED:
+        if job.method in WITH_MOTION:
             prefix = self._motion_prefix(job, file)
             motion = self._find_motion(prefix)
             if not motion:
@@ -286,7 +286,7 @@ def _common(settings: Settings, file: str, source: str) -> Graph:
 
 def _needed(settings: Settings) -> set[str]:
     """Return the node types of all graphs of a study."""
-    job = Job("", TUNED, "", "", Path(), Path(), Path())
+    job = Job("", CONTROLLED, "", "", Path(), Path(), Path())
     graphs = (tuning_graph(settings, "", "", ""), edit_graph(settings, "", job, "motion"))
     return {node["class_type"] for graph in graphs for node in graph.values()}
 
@@ -328,6 +328,14 @@ def edit_graph(settings: Settings, file: str, job: Job, motion: str) -> Graph:
             graph["motion"] = _node("TAV_LoadMotion", file=motion)
             inflated["inputs"]["motion"] = ["motion", 0]
         graph["inflated"], ready = inflated, ["inflated", 0]
+    prompt, extra = _node("CLIPTextEncode", clip=["model", 1], text=job.edit), {}
+    positive = ["edit", 0]
+    if job.method == CONTROLLED:
+        prompt = _node(
+            "TAV_EditPrompt", clip=["model", 1], source=job.source, edit=job.edit, negative_prompt="empty prompt"
+        )
+        positive, extra = ["edit", 1], {"control": ["control", 0]}
+        graph["control"] = _node("TAV_EditControl", preset=job.preset, strength=0.5)
     return {
         **graph,
         "invert": _node(
@@ -337,12 +345,12 @@ def edit_graph(settings: Settings, file: str, job: Job, motion: str) -> Graph:
             conditioning=["source", 0],
             steps=settings.ddim_steps,
         ),
-        "edit": _node("CLIPTextEncode", clip=["model", 1], text=job.edit),
+        "edit": prompt,
         "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
         "sample": _node(
             "TAV_Sample",
             model=ready,
-            positive=["edit", 0],
+            positive=positive,
             negative=["empty", 0],
             latent=["invert", 0],
             steps=settings.ddim_steps,
@@ -350,6 +358,7 @@ def edit_graph(settings: Settings, file: str, job: Job, motion: str) -> Graph:
             eta=0.0,
             seed=settings.seed,
             last_step="clip noise level",
+            **extra,
         ),
         "decode": _node("VAEDecode", samples=["sample", 0], vae=["model", 2]),
         "save": _node("SaveImage", images=["decode", 0], filename_prefix="study/edit"),

@@ -96,10 +96,9 @@ def keep(output: Path, row: Row, frames: int, size: tuple[int, int]) -> None:
 
     ``frames``: how many at most, 0 for as many as the row says. Raises Refusal for a clip that cannot be read.
     """
-    place = results.clip_id(row)
-    clip = output / "source" / place
+    clip = output / "source" / results.clip_id(row)
     if not clip.is_dir():
         results.write_frames(clip, load(row.frames, row.first, row.step, frames or row.count, size), ".png")
-    mask = output / "mask" / place
-    if row.mask is not None and not mask.is_dir():
+    mask = results.mask_folder(output, row)
+    if mask is not None and not mask.is_dir():
         results.write_frames(mask, load_mask(row, len(pictures_of(clip)), size), ".png")

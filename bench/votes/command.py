@@ -42,9 +42,7 @@ def run(path: Path, videos: Sequence[Path], output: Path, **options: Any) -> dic
 
 
 def _serve(path: Path, videos: Sequence[Path], output: Path, folder: Path, options: dict[str, Any]) -> None:
-    from aiohttp import web
-
-    from .server import application
+    from .server import application, serve
 
     try:
         rows = layouts.read_dataset(path, videos).rows
@@ -65,8 +63,12 @@ def _serve(path: Path, videos: Sequence[Path], output: Path, folder: Path, optio
         raise SystemExit(f"The votes cannot be opened, or another page is open on them: {error}") from error
     print(f"{len(made)} pairs, {sum(pair.is_catch for pair in made)} of them catch trials")
     print(f"http://{options['address']}:{options['port']}/  (Ctrl-C ends it)", flush=True)
-    web.run_app(application(made, answers, secret), host=options["address"], port=options["port"], print=None)
-    answers.close()
+    try:
+        serve(application(made, answers, secret), options["address"], options["port"])
+    except OSError as error:
+        raise SystemExit(f"--address, --port: the page cannot be served there ({error}).") from error
+    finally:
+        answers.close()
 
 
 def _result(folder: Path, ours: str, careful: float) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dataset import results
 
 from .answers import QUESTIONS
 from .pairs import BROKEN
@@ -34,10 +36,10 @@ def preferences(votes: Sequence[Mapping[str, Any]], ours: str, seed: int = 0) ->
     Voters and pairs are both drawn again (pigeonhole bootstrap, Owen 2007), since votes of one voter, or on one pair,
     are not independent. ``agreement``: Krippendorff's alpha of the voters. Catch trials are left out.
     """
-    real = [vote for vote in votes if BROKEN not in vote["methods"]]
+    real = [vote for vote in votes if BROKEN not in vote["methods"] and ours in vote["methods"]]
     found = []
     for other in dict.fromkeys(name for vote in real for name in vote["methods"] if name != ours):
-        mine = [vote for vote in real if other in vote["methods"]]
+        mine = [vote for vote in real if set(vote["methods"]) == {ours, other}]
         for question in QUESTIONS:
             table = _table(mine, question, ours)
             low, high = confidence_interval(table, seed)
@@ -124,7 +126,7 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw the preferences with their intervals as a PNG."""
+    """Draw the preferences with their intervals as a PNG, which appears when it is complete."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.45 * len(lines)), layout="constrained")
@@ -138,4 +140,6 @@ def draw(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.set_yticks(places, [f"{line['question']}: than {line['than']}" for line in lines])
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"share of votes for {lines[0]['ours']}, with 95 % interval")
-    figure.savefig(file, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    results.write_whole(file, picture.getvalue())

@@ -86,3 +86,8 @@ def application(pairs: Sequence[Pair], answers: Answers, secret: Secret) -> web.
     app = web.Application(client_max_size=_MOST_BYTES)
     app.add_routes(routes)
     return app
+
+
+def serve(app: web.Application, address: str, port: int) -> None:
+    """Serve until Ctrl-C, also while a voter's browser still loads a video. Raises OSError for an address in use."""
+    web.run_app(app, host=address, port=port, print=None, shutdown_timeout=1)

@@ -31,7 +31,7 @@ def studied(folder: Path) -> tuple[list[layouts.Row], list[jobs.Job]]:
     for number, row in enumerate(rows):
         sources.keep(folder, row, 4, (64, 64))
         clip = results.clip_id(row)
-        method = jobs.TUNED if number < 3 else jobs.FRAME_BY_FRAME
+        method = (jobs.TUNED, jobs.TUNED, jobs.CONTROLLED, jobs.FRAME_BY_FRAME)[number]
         place = results.edit_folder(folder, method, row)
         made.append(jobs.Job(clip, method, row.source, row.edit, folder / "source" / clip, folder / "work", place))
     return rows, made

@@ -15,8 +15,8 @@ from .rows import Entries, Place, Reading, Row, finished
 # A study's own file, and what else lies in its folder: it is no data set.
 STUDY = "study.json"
 STUDY_PARTS = {
-    *("source", "mask", "work", "results", "scores", "pages", "logs", "votes", "edits"),
-    *(STUDY, "table.csv", "table.json", "summary.csv"),
+    *("source", "mask", "work", "results", "scores", "pages", "logs", "votes"),
+    *(STUDY, "edits.json", "table.csv", "table.json", "summary.csv"),
 }
 # Lists of edits are small; a larger file is something else.
 _MOST_BYTES = 32 * 2**20
