@@ -67,6 +67,17 @@ def test_inverted_latents_from_anywhere_are_taken(caplog: pytest.LogCaptureFixtu
     assert "differ" not in caplog.text
 
 
+@pytest.mark.parametrize("shape", [(2, 64, 64), (4, 1, 8, 8), (6, 8, 8)])
+def test_a_noise_mask_of_another_length_is_refused_before_any_step(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = inflated()
+    latent = {**invert(model), "noise_mask": torch.ones(shape)}
+    monkeypatch.setattr(model.model, "apply_model", lambda *_, **__: pytest.fail("it was sampled"))
+    with pytest.raises(ValueError, match=f"^latent: its noise mask has {shape[0]} frames, the clip has 3. Give"):
+        sample(model, latent)
+
+
 def test_few_steps_begin_at_noise_too_low_to_judge() -> None:
     sample(inflated(), {"samples": CLIP}, steps=2)
 

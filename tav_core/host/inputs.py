@@ -49,6 +49,18 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
     return samples
 
 
+def check_noise_mask(latent: Mapping[str, Any]) -> None:
+    """Refuse a LATENT with a noise mask for another number of frames; the host would repeat its masks in turn."""
+    mask, frames = latent.get("noise_mask"), len(latent["samples"])
+    masks = frames if mask is None else mask.reshape(-1, *mask.shape[-2:]).shape[0]
+    if masks not in (1, frames):
+        raise Refusal(
+            "latent",
+            f"its noise mask has {masks} frames, the clip has {frames}",
+            "Give Set Latent Noise Mask one mask for all frames, or one for each.",
+        )
+
+
 def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
     """Refuse a CONDITIONING that the model or the clip cannot take. ``name``: the input's, for the message."""
     if not conditioning:
