@@ -21,6 +21,7 @@ import verdicts
 from ablation import ROOT, Plan
 from clips import CLIPS, KINDS, Clip, Edit
 from clips import edits as edits_of
+from losses import Loss, appearance_debiased, frame_differences, mean_squared
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation, swapped
@@ -28,7 +29,6 @@ from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.schedule import add_noise, training_target
 from tune_a_video.tav_core.temporal import TemporalLayer, temporal_layers
 from tune_a_video.tav_core.tiny_sd import model as tiny_sd
-from tune_a_video.tav_core.tuning.loss import Loss, appearance_debiased, frame_differences, mean_squared
 from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
 from tune_a_video.tav_core.tuning.training_unet import training_unet
 

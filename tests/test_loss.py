@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.tuning.loss import Loss, appearance_debiased, frame_differences, mean_squared
+
+# Scripts import what lies beside them by its plain name.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+
+from losses import Loss, appearance_debiased, frame_differences, mean_squared  # noqa: E402
 
 SHAPE = (2, 5, 4, 3, 3)
 

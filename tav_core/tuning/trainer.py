@@ -23,7 +23,6 @@ from ..schedule import add_noise, alphas_cumprod, training_target
 from . import early_stop, memory_probe
 from .adamw import AdamW
 from .frame_window import draw_window, window_length
-from .loss import mean_squared
 from .memory_plan import Plan, UnitCost, make_plan
 from .pinned_copy import AsyncCopy, to_device
 from .preview_clip import reconstruct
@@ -178,7 +177,7 @@ class Trainer:
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Return the loss of a prediction [frames, c, h, w], a scalar."""
-        return mean_squared(predicted, target)
+        return torch.nn.functional.mse_loss(predicted, target)
 
     def train_step(self, timestep: int, noise: Tensor, frames: Tensor | None = None) -> TuneStep:
         """Take one optimiser step at a timestep with noise [frames, c, h, w], on some frames or on all."""
