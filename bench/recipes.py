@@ -356,7 +356,12 @@ def figures(plan: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "kinds": list(plan.kinds),
         "learning_rate": plan.settings.learning_rate,
         "means": [
-            {"recipe": name, "steps": steps, **{m: _mean(rows, (name, steps), m) for m in MEASURES}}
+            {
+                "recipe": name,
+                "steps": steps,
+                "clips": len(_by_clip(rows, (name, steps), "score")),
+                **{measure: _mean(rows, (name, steps), measure) for measure in MEASURES},
+            }
             for name, steps in places
         ],
         "differences": [
@@ -396,8 +401,11 @@ def table(report: dict[str, Any]) -> str:
         f"learning rate {report['learning_rate']:g}. Mean (standard error over clips).",
         "",
         *verdicts.markdown_table(
-            ["recipe", "steps", *SHOWN],
-            [[row["recipe"], row["steps"], *(_cell(row[name]) for name in SHOWN)] for row in report["means"]],
+            ["recipe", "steps", "clips", *SHOWN],
+            [
+                [row["recipe"], row["steps"], row["clips"], *(_cell(row[name]) for name in SHOWN)]
+                for row in report["means"]
+            ],
         ),
     ]
     if report["differences"]:
