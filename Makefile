@@ -25,4 +25,4 @@ env:
 	@$(PYTHON) tools/setup_env.py --engine $(ENGINE)
 
 clean:
-	rm -rf .venv demo-output demo-training ablation-output study-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output demo-training ablation-output recipes-output study-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

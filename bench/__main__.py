@@ -12,6 +12,7 @@ python bench COMMAND [--help]
   windows                               long clips, whole and in context windows
   cards                                 the planner's choices for graphics cards, on paper
   ranks                                 the loss of saving a motion at a rank
+  recipes                               the quality of edits over tuning steps, by recipe of tuning
   evaluate                              the figures of the Evaluate Video node for two files
   gpu                                   all that a GPU decides, in ten minutes
   dataset                               a study: all edits of a data set, on one machine or many
@@ -46,6 +47,7 @@ COMMANDS = {
     "cards": "cards",
     "ablation": "ablation",
     "ranks": "ranks",
+    "recipes": "recipes",
     "evaluate": "evaluate",
     "gpu": "gpu",
     "dataset": "dataset.command",

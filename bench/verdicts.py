@@ -178,7 +178,9 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         "Edit right, by kind of edit.",
         "",
-        *_lines(["method", *kinds], [[name, *_kind_cells(by_kind, kinds)] for name, by_kind in report["by_kind"]]),
+        *markdown_table(
+            ["method", *kinds], [[name, *_kind_cells(by_kind, kinds)] for name, by_kind in report["by_kind"]]
+        ),
     ]
     if report["differences"]:
         head = ["method", "than", "is worse in", "by (standard error)", "clips", "p", "p corrected", "significant"]
@@ -187,20 +189,25 @@ def table(report: Mapping[str, Any]) -> str:
             f"Paired t-test over clips, {report['side']}; Holm's correction over the "
             f"{sum(one['p'] is not None for one in report['differences'])} differences of this table.",
             "",
-            *_lines(head, [_difference_cells(one) for one in report["differences"]]),
+            *markdown_table(head, [_difference_cells(one) for one in report["differences"]]),
         ]
     if report["repeats"]:
         found = [[name, f"{tau.mean:.2f}", f"{tau.least:.2f}"] for name, tau in report["repeats"].items()]
         halvings = next(iter(report["repeats"].values())).halvings
         head = ["order of the methods by", "mean", "least"]
-        lines += ["", f"Kendall's tau between two halves of the clips, {halvings} halvings.", "", *_lines(head, found)]
+        lines += [
+            "",
+            f"Kendall's tau between two halves of the clips, {halvings} halvings.",
+            "",
+            *markdown_table(head, found),
+        ]
     if report["headroom"]:
         cells = [
             [one["measure"], _number(one["mean"]), one["n"], one["asked"], "yes" if one["is there"] else "no"]
             for one in report["headroom"]
         ]
         lines += ["", f"What the {FULL} leaves to gain.", ""]
-        lines += _lines(["measure", "mean", "clips", "asked", "is there"], cells)
+        lines += markdown_table(["measure", "mean", "clips", "asked", "is there"], cells)
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +216,7 @@ def _summary_lines(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
     counts = {name: max(values[name]["n"] for values in found.values()) for name in names}
     head = ["method", *(f"{name} (n = {counts[name]})" for name in names)]
     cells = [[method, *(_mean_cell(values[name]) for name in names)] for method, values in found.items()]
-    return _lines(head, cells)
+    return markdown_table(head, cells)
 
 
 def _mean_cell(found: Mapping[str, Any]) -> str:
@@ -235,7 +242,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _lines(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     rule = ["---"] * len(head)
     return [f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows)]
 

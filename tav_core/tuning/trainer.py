@@ -162,14 +162,22 @@ class Trainer:
         return self._window or len(self.unet.latents)
 
     def draw(self) -> tuple[int, Tensor, Tensor | None]:
-        """Draw the next timestep, uniform over all training timesteps, noise and frames, on the CPU.
+        """Draw the next timestep, noise and frames, on the CPU.
 
         The noise is [frames, c, h, w] of the frames that the step sees: their numbers, or None for the whole clip.
         """
         latents, generator = self.unet.latents, self._generator
-        timestep = int(torch.randint(len(self._alpha_bars), (1,), generator=generator))
+        timestep = self.draw_timestep(generator)
         frames = None if self._window is None else draw_window(len(latents), self._window, generator)
         return timestep, torch.randn(self.frames, *latents.shape[1:], generator=generator), frames
+
+    def draw_timestep(self, generator: torch.Generator) -> int:
+        """Draw a timestep, uniform over all training timesteps."""
+        return int(torch.randint(len(self._alpha_bars), (1,), generator=generator))
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of a prediction [frames, c, h, w], a scalar."""
+        return torch.nn.functional.mse_loss(predicted, target)
 
     def train_step(self, timestep: int, noise: Tensor, frames: Tensor | None = None) -> TuneStep:
         """Take one optimiser step at a timestep with noise [frames, c, h, w], on some frames or on all."""
@@ -191,7 +199,7 @@ class Trainer:
             with memory_probe.measured_peak(self.unet.device) as peak, self._training_forwards():
                 predicted = self.unet.predict(add_noise(x0, noise, alpha_bar), timestep, frames)
                 target = training_target(x0, noise, alpha_bar, self.unet.prediction)
-                loss = torch.nn.functional.mse_loss(predicted, target)
+                loss = self.loss(predicted, target)
                 self._scaler.scale(loss).backward()
             self._log_peak(peak)
             return loss.detach()
