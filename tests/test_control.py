@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import comfy.model_base
@@ -341,6 +342,16 @@ def test_strength_goes_from_plain_to_full() -> None:
         assert full.self_share == (1.0 if preset.self_share else 0.0) and full.fresh_noise == 0
     starts = [at_strength(PRESETS["colour"], strength).blend_start for strength in (0.1, 0.3, 0.5, 0.8, 1.0)]
     assert starts == sorted(starts, reverse=True, key=lambda start: start or 0.0) and starts[-1] == pytest.approx(0)
+
+
+def test_above_half_strength_the_clip_comes_inside_the_mask_too(edit: Edit) -> None:
+    """Outside it the clip is back at 0.5 already, so that more strength must act inside."""
+    object_in_mask = replace(PRESETS["object"], mask=MASK)
+    results = [edit.run(at_strength(object_in_mask, strength)) for strength in (0.5, 0.75, 1.0)]
+    outside = (MASK == 0)[:, None].expand_as(results[0])
+    for lower, higher in pairwise(results):
+        assert torch.equal(lower[outside], higher[outside])
+        assert off(higher[~outside], lower[~outside]) > 1e-3
 
 
 def test_a_trajectory_at_other_numbers_of_steps(edit: Edit) -> None:

@@ -1,6 +1,6 @@
 """Pictures for docs/guide.md: one clip, edited with one setting changed at a time by the demo's model.
 
-    python tools/guide_pictures.py [--comfyui PATH] [--to FOLDER]
+    python tools/guide_pictures.py [--comfyui PATH] [--to FOLDER] [NAME ...]
 
 Writes docs/guide/*.png, and the figures of each row to docs/guide/figures.json. Takes minutes on two CPU cores.
 """
@@ -95,26 +95,29 @@ class Workbench:
 Row = tuple[str, Any, Any]  # caption, frames, the edit that it should show, or None
 
 
-def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name and the rows of each picture."""
+def sheets(bench: Workbench) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """Yield the name of each picture, and what makes its rows."""
     from tune_a_video.tav_core.control.settings import PRESETS
 
     shape, place, source = bench.edits["object"], bench.edits["background"], bench.clip.prompt
     yield (
         "tuning-steps",
-        [(f"{count} tuning steps", bench.sampled(place.prompt, tune_steps=count), place) for count in (0, *TUNE_STEPS)],
+        lambda: [
+            (f"{count} tuning steps", bench.sampled(place.prompt, tune_steps=count), place)
+            for count in (0, *TUNE_STEPS)
+        ],
     )
     yield (
         "guidance",
-        [(f"guidance {scale:g}", bench.sampled(shape.prompt, guidance=scale), shape) for scale in GUIDANCES],
+        lambda: [(f"guidance {scale:g}", bench.sampled(shape.prompt, guidance=scale), shape) for scale in GUIDANCES],
     )
     yield (
         "ddim-steps",
-        [(f"{count} steps", bench.sampled(shape.prompt, ddim_steps=count), shape) for count in DDIM_STEPS],
+        lambda: [(f"{count} steps", bench.sampled(shape.prompt, ddim_steps=count), shape) for count in DDIM_STEPS],
     )
     yield (
         "inversion",
-        [
+        lambda: [
             (f"{what}, inverted with {said}", bench.sampled(prompt, scale, inverted_with=given), edit)
             for what, prompt, scale, edit in (
                 ("the clip again (guidance 1)", source, 1.0, None),
@@ -125,7 +128,7 @@ def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
     )
     yield (
         "prompts",
-        [
+        lambda: [
             ("one word changed", bench.sampled(shape.prompt), shape),
             ("another place", bench.sampled(place.prompt), place),
             ("the new word alone", bench.sampled(_noun(shape.prompt)), shape),
@@ -134,14 +137,14 @@ def sheets(bench: Workbench) -> Iterator[tuple[str, list[Row]]]:
     )
     yield (
         "strength",
-        [
+        lambda: [
             (f"strength {strength:g}", bench.sampled(shape.prompt, preset="object", strength=strength), shape)
             for strength in STRENGTHS
         ],
     )
     yield (
         "presets",
-        [
+        lambda: [
             (f"{kind}, {said}", bench.sampled(edit.prompt, preset=preset), edit)
             for kind, edit in bench.edits.items()
             if kind in PRESETS
@@ -168,13 +171,15 @@ def _demo() -> Iterator[None]:
 def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description="Make the guide's pictures with the demo's model.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="pictures to make; default: all")
     parser.add_argument("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     parser.add_argument("--to", type=Path, default=engine.PACK_ROOT / "docs" / "guide")
     options = parser.parse_args()
     engine.load_pack()
     print(engine.load_engine(engine.find_comfyui(options.comfyui)), flush=True)
     options.to.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, dict[str, Any]] = {}
+    kept = options.to / "figures.json"
+    figures: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if options.names and kept.exists() else {}
     with _demo():
         from PIL import Image
         from study import measure, source_of
@@ -184,8 +189,10 @@ def main() -> None:
         source = source_of(bench.clip, bench.vae)
         bench.tune(TUNE_STEPS)
         for name, rows in sheets(bench):
+            if options.names and name not in options.names:
+                continue
             shown = [(f"source: {bench.clip.prompt}", bench.frames)]
-            for caption, frames, edit in rows:
+            for caption, frames, edit in rows():
                 if edit is not None:
                     found = measure(source, frames, bench.clip, edit)
                     shown_figures = ("edit right", "all right", "path, px off")
@@ -195,7 +202,7 @@ def main() -> None:
             sheet = (pictures.contact_sheet(shown, SIDE)[0] * 255).round().byte().numpy()
             Image.fromarray(sheet).quantize(256).save(options.to / f"{name}.png", optimize=True)
             print(name, figures.get(name), flush=True)
-    (options.to / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    kept.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

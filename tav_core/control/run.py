@@ -103,7 +103,7 @@ class ControlledRun:
             control=control,
             words=self.words,
             latent=(self.trajectory.at(sigma) * self._scale).to(like),
-            mask=self.mask if control.free_inside else None,
+            mask=self.mask if control.free_inside and progress >= control.inside_share else None,
             injects_self=progress < control.self_share,
             injects_cross=progress < control.cross_share and self.words is not None,
             injects_feature=progress < control.feature_share,

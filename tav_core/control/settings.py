@@ -20,7 +20,8 @@ class Control:
     ``self_share``: self-attentions of ``layers`` use the queries and keys of the clip (PnP, arXiv 2211.12572).
     ``cross_share``: words that both sentences share are attended to as in the clip (prompt-to-prompt, arXiv
     2208.01626), at half of the latent's size and below. ``feature_share``: one residual block's output is the clip's
-    (PnP). ``free_inside``: inside the mask self-attentions stay the edit's own (FateZero, arXiv 2303.09535).
+    (PnP). ``free_inside``: inside the mask self-attentions stay the edit's own (FateZero, arXiv 2303.09535), but for
+    the first ``inside_share`` of the steps.
 
     ``blend_start``: share of the steps after which the latent outside the mask is the clip's; None for never.
     ``mask``: [1 or frames, h, w], 0 to 1, 1 where the clip may change; None to find it where the two sentences predict
@@ -36,6 +37,7 @@ class Control:
     cross_share: float = 0.0
     feature_share: float = 0.0
     free_inside: bool = False
+    inside_share: float = 0.0
     blend_start: float | None = None
     mask: Tensor | None = None
     threshold: float = 0.2
@@ -62,7 +64,8 @@ PRESETS: dict[str, Control] = {
 def at_strength(control: Control, strength: float) -> Control:
     """Return a control between none (0), its own settings (0.5) and as much as each of its levers can keep (1).
 
-    A lever that is off stays off. Fresh noise lets go rather than keeps, so that it is most at 0.5.
+    A lever that is off stays off. Fresh noise lets go rather than keeps, so that it is most at 0.5. Above 0.5 the
+    clip's attention comes inside the mask as well: outside of it the clip is back already.
     """
     if strength <= 0:
         return Control()
@@ -77,6 +80,7 @@ def at_strength(control: Control, strength: float) -> Control:
         self_share=share(control.self_share),
         cross_share=share(control.cross_share),
         feature_share=share(control.feature_share),
+        inside_share=above,
         blend_start=None if start is None else (1 - below) + start * (below - above),
         fresh_noise=control.fresh_noise * (below - above),
         proximal=control.proximal * below,
