@@ -69,6 +69,16 @@ def test_a_frame_that_hardly_differs_has_no_place() -> None:
     assert mask[:2, 0, 8, 8].all() and mask[4:].mean() < 0.05
 
 
+def test_what_changes_may_be_the_larger_part() -> None:
+    """As in another place behind the same thing: most of the picture differs, one square hardly does."""
+    generator = torch.Generator().manual_seed(2)
+    kept = torch.zeros(16, 16, dtype=torch.bool)
+    kept[5:11, 5:11] = True
+    found = [torch.where(kept, 0.1, 1.0) * (1 + 0.2 * torch.rand(3, 4, 16, 16, generator=generator)) for _ in range(3)]
+    mask = difference_mask(found, 0.2)[:, 0]
+    assert mask[:, ~kept].mean() > 0.95 and mask[:, 7:9, 7:9].mean() == 0
+
+
 def test_sentences_that_differ_nowhere_leave_nothing_to_change() -> None:
     assert not difference_mask([torch.zeros(2, 4, 8, 8)] * 3, 0.2).any()
 

@@ -45,6 +45,7 @@ def test_with_the_clips_own_sentence_at_guidance_1_it_gives_the_reconstruction()
             return vae.decode(sample(model, noise, own, negative, STEPS, 1.0, control=run))
 
         reconstruction, full = video(None), video(FULL)
-    # Another autoencoder round trip away the clip lies at some 32 dB.
-    assert psnr(full, reconstruction) > 45
+        round_trip = vae.decode(vae.encode(clip))
+    # Far less than what the autoencoder loses, some 32 dB: half of its error or less.
+    assert psnr(full, reconstruction) > psnr(round_trip, clip) + 6
     assert psnr(full, clip) > psnr(reconstruction, clip) - 0.5

@@ -50,12 +50,23 @@ def frame_masks(mask: Tensor | None, latent: Tensor) -> Tensor:
     return resized_mask(mask, frames, height, width)[:, 0].cpu().contiguous()
 
 
+def _lower_mean(values: Tensor) -> Tensor:
+    """Return the mean of the lower of the two classes that differ most between them (Otsu's method)."""
+    ordered = values.flatten().sort().values
+    if len(ordered) < 2:
+        return ordered.mean()
+    sums, count = ordered.cumsum(0), torch.arange(1, len(ordered), device=ordered.device)
+    lower, upper = sums[:-1] / count, (sums[-1] - sums[:-1]) / (len(ordered) - count)
+    return lower[(count * (len(ordered) - count) * (lower - upper).square()).argmax()]
+
+
 def difference_mask(differences: Sequence[Tensor], threshold: float) -> Tensor:
     """Return where a clip's sentence and an edit's predict different noise, [frames, 1, h, w], 0 or 1.
 
     ``differences``: of the two predictions for the same noisy clip, [frames, c, h, w], one for each noise level.
-    Averaged over channels and levels, over neighbours and over three frames; 1 above ``threshold``, a share of the
-    frame's maximum. A frame that hardly differs is held against the clip's maximum (DiffEdit, arXiv 2210.11427).
+    Averaged over channels and levels, over neighbours and over three frames; 1 above ``threshold``, a share of the way
+    from what does not change to the frame's maximum. A frame that hardly differs is held against the clip's maximum
+    (DiffEdit, arXiv 2210.11427). What changes may be the smaller part of the picture or the larger one.
     """
     maps = torch.zeros(())
     for difference in differences:
@@ -66,6 +77,6 @@ def difference_mask(differences: Sequence[Tensor], threshold: float) -> Tensor:
     before, after = torch.cat([maps[:1], maps[:-1]]), torch.cat([maps[1:], maps[-1:]])
     maps = (before + 4 * maps + after) / 6
     # What differs a little everywhere is no place.
-    maps = maps - maps.median()
+    maps = maps - _lower_mean(maps)
     top = maps.amax((1, 2, 3), keepdim=True).clamp_min(_LEAST_TOP * float(maps.amax()))
     return (maps > threshold * top).float()

@@ -55,7 +55,7 @@ PRESETS: dict[str, Control] = {
     "style": Control(self_share=0.8, layers="up blocks, half size and below", cross_share=0.8, feature_share=0.8),
     "colour": Control(self_share=0.8, blend_start=0.2, fresh_noise=0.5),
     "object": Control(self_share=0.5, free_inside=True, blend_start=0.2),
-    "background": Control(self_share=0.5, blend_start=0.2),
+    "background": Control(self_share=0.5),
     "add or remove": Control(self_share=0.5, free_inside=True, blend_start=0.2, proximal=0.5),
     "free": Control(),
 }
