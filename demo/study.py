@@ -113,6 +113,7 @@ COMPARISONS = {
     "ablations": METHODS,
     "levers": (FULL, *LEVERS),
     "control": (FULL, METHODS[1], *CONTROLLED, *INJECTED),
+    "presets": (FULL, *CONTROLLED),
     "attention": (FULL, *ATTENTION),
 }
 
