@@ -97,7 +97,7 @@ def _halves(n: int, seed: int) -> list[tuple[int, ...]]:
     count = math.comb(n, n // 2)
     if count <= 2 * _HALVINGS:
         every = list(combinations(range(n), n // 2))
-        # Of an even number each halving is there twice.
+        # With an even number of clips, every halving occurs twice.
         return [half for half in every if 0 in half] if n % 2 == 0 else every
     random = np.random.default_rng(seed)
     return [tuple(random.choice(n, n // 2, replace=False).tolist()) for _ in range(_HALVINGS)]

@@ -144,7 +144,7 @@ def _norms(recipe: Recipe, layers: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Study:
-    """What is tuned and measured, and the folder in which the rows are kept as they come.
+    """The clips, recipes and settings of a study, and the folder that keeps each row when it is made.
 
     ``steps``: ascending numbers of tuning steps after which edits are made. ``most``: recipes but the released one are
     tuned to at most this many.
@@ -335,8 +335,8 @@ def _edited(
 def figures(plan: Study, rows: Sequence[Row]) -> dict[str, Any]:
     """Return means by recipe and steps, and each recipe against the released one, paired over clips.
 
-    Against the released tuning of as many steps, and against that of the most steps; two-sided, Holm's correction over
-    all. "by" is above 0 where the recipe is better.
+    A recipe is compared with the released tuning twice: after the same number of steps, and after the released tuning's
+    last step. The tests are two-sided, with Holm's correction over all. "by" is above 0 where the recipe is better.
     """
     places = list(dict.fromkeys((row["recipe"], row["steps"]) for row in rows))
     last = max((steps for name, steps in places if name == RELEASED.name), default=0)

@@ -58,7 +58,7 @@ class _Curve:
         left = trainer.settings.steps - trainer.done
         if left > 0:
             planned = trainer.planned_bytes / 2**30
-            say(f"{left} steps, {planned:.1f} GiB planned beside the model's weights; {trainer.plan}")
+            say(f"{left} steps, {planned:.1f} GiB planned beside the model's weights")
 
     def warn(self, text: str) -> None:
         """Note under the curve that the run's state cannot be kept; the log has the reason."""

@@ -38,7 +38,10 @@ class ControlledRun:
         self._now = None
 
     def cost(self, steps: int) -> str:
-        """Say what the control takes beside a sampling of as many steps; known while a step runs, or after one."""
+        """Describe the memory and the evaluations that the control adds to a sampling of ``steps`` steps.
+
+        The memory of the clip's attention is known while a step runs.
+        """
         control, stored = self.control, self.trajectory.megabytes
         kept = 0 if self._now is None else sum(each.nbytes for each in self._now[1].kept.values()) / 1e6
         share = max(control.self_share, control.cross_share, control.feature_share)

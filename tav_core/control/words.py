@@ -43,7 +43,7 @@ class EditWords:
 
 
 def words_in(conditioning: Any) -> EditWords | None:
-    """Return what a CONDITIONING knows of its edit's words, None where it was made without Edit Prompt."""
+    """Return the edit's words that Edit Prompt stored in a CONDITIONING, or None without them."""
     found = (options.get(WORDS_KEY) for _, options in conditioning)
     return next((words for words in found if isinstance(words, EditWords)), None)
 

@@ -334,7 +334,7 @@ def carried_motion(model: ModelPatcher, whole: bool = True) -> Motion | None:
     motion = expand(record.motion) if whole else record.motion
     strength = {".diff": record.query_strength, ".to_out.0.weight": record.inflation.temporal_strength}
     strength[".to_out.0.bias"] = strength[".to_out.0.weight"]
-    # Of two factors the first is scaled; the second has a suffix that none of these is.
+    # Scaling one of two factors scales their product. The other factor's suffix matches no entry.
     scaled = {
         key: value * next((s for suffix, s in strength.items() if key.removesuffix(UP).endswith(suffix)), 1.0)
         for key, value in motion.tensors.items()
