@@ -430,12 +430,16 @@ class Trainer:
 
     @property
     def planned_bytes(self) -> float:
-        """Bytes that a step is planned to take beside the model's own weights, as a budget counts them.
+        """Return the bytes that a step is planned to take beside the model's own weights, as a budget counts them.
 
         Activations and gradients, the moments that are on the device, and casts of weights that are kept.
         """
-        casts = self.unet.cast_cache.bytes if self.unet.cast_cache.keep else 0
-        return self.plan.bytes + self.optimizer.resident_bytes + casts
+        return self.plan.bytes + self.optimizer.resident_bytes + self._kept_casts
+
+    @property
+    def _kept_casts(self) -> int:
+        """Return the bytes of the cast weights that are kept between steps."""
+        return self.unet.cast_cache.bytes if self.unet.cast_cache.keep else 0
 
     @contextmanager
     def _training_forwards(self) -> Iterator[None]:
@@ -538,8 +542,7 @@ class Trainer:
             return
         self._measured.add(str(self.plan))
         # Casts that are kept came to be in the first step.
-        casts = self.unet.cast_cache.bytes if self.unet.cast_cache.keep else 0
-        predicted, measured = (self.plan.bytes + casts) / 2**30, peak[0] / 2**30
+        predicted, measured = (self.plan.bytes + self._kept_casts) / 2**30, peak[0] / 2**30
         logging.info(
             "Tune-A-Video: predicted %.2f GiB for activations and gradients, measured %.2f", predicted, measured
         )
