@@ -108,7 +108,6 @@ class TAVSample(io.ComfyNode):
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
         samples = host.check_latent(model, latent)
-        host.check_noise_mask(latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))
         check_inverted(model, latent, steps)

@@ -41,12 +41,12 @@ def test_a_kind_of_edit_has_a_preset(kind: str, preset: str) -> None:
 def test_control_keeps_more_of_the_clip_and_a_resumed_edit_is_the_same(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     drawn.write(tmp_path / "set")
-    row = next(row for row in layouts.read_dataset(tmp_path / "set").rows if row.kind == "background")
+    row = next(row for row in layouts.read_dataset(tmp_path / "set").rows if row.kind == "object")
     sources.keep(tmp_path, row, 4, (64, 64))
     clip = results.clip_id(row)
     source = results.read_frames(tmp_path / "source" / clip).astype(int)
 
-    def edited(method: str, preset: str = "background") -> np.ndarray:
+    def edited(method: str, preset: str = "object") -> np.ndarray:
         folders = (tmp_path / "source" / clip, tmp_path / "work", tmp_path / "unused")
         return Editor(SETTINGS).edited(jobs.Job(clip, method, row.source, row.edit, *folders, preset)).astype(int)
 

@@ -73,9 +73,12 @@ def test_a_noise_mask_of_another_length_is_refused_before_any_step(
 ) -> None:
     model = inflated()
     latent = {**invert(model), "noise_mask": torch.ones(shape)}
-    monkeypatch.setattr(model.model, "apply_model", lambda *_, **__: pytest.fail("it was sampled"))
-    with pytest.raises(ValueError, match=f"^latent: its noise mask has {shape[0]} frames, the clip has 3. Give"):
+    monkeypatch.setattr(model.model, "apply_model", lambda *_, **__: pytest.fail("it was evaluated"))
+    said = f"^latent: its noise mask has {shape[0]} frames, the clip has 3. Give"
+    with pytest.raises(ValueError, match=said):
         sample(model, latent)
+    with pytest.raises(ValueError, match=said):
+        pack_nodes.DDIMInvert.execute(model, latent, PROMPT, 5)
 
 
 def test_few_steps_begin_at_noise_too_low_to_judge() -> None:

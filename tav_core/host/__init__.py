@@ -24,7 +24,6 @@ from .inflated_model import (
 from .inputs import (
     check_conditioning,
     check_latent,
-    check_noise_mask,
     check_prediction,
     check_single_prompt,
     left_out_of_tuning,
@@ -94,7 +93,6 @@ __all__ = [
     "check_lending",
     "check_model",
     "check_motion",
-    "check_noise_mask",
     "check_prediction",
     "check_single_prompt",
     "computes_bfloat16",

@@ -46,19 +46,15 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
     mask = latent.get("noise_mask")
     if mask is not None and not torch.isfinite(mask).all():
         raise Refusal("latent", "its noise mask holds values that are not finite (NaN or infinity)", "Draw it again.")
-    return samples
-
-
-def check_noise_mask(latent: Mapping[str, Any]) -> None:
-    """Refuse a LATENT with a noise mask for another number of frames; the host would repeat its masks in turn."""
-    mask, frames = latent.get("noise_mask"), len(latent["samples"])
-    masks = frames if mask is None else mask.reshape(-1, *mask.shape[-2:]).shape[0]
-    if masks not in (1, frames):
+    # The host would repeat masks for another number of frames in turn.
+    masks = len(samples) if mask is None else mask.reshape(-1, *mask.shape[-2:]).shape[0]
+    if masks not in (1, len(samples)):
         raise Refusal(
             "latent",
-            f"its noise mask has {masks} frames, the clip has {frames}",
+            f"its noise mask has {masks} frames, the clip has {len(samples)}",
             "Give Set Latent Noise Mask one mask for all frames, or one for each.",
         )
+    return samples
 
 
 def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
