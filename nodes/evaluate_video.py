@@ -10,6 +10,7 @@ from ..tav_core import host
 from ..tav_core.errors import Refusal
 from ..tav_core.evaluation import metrics
 from ..tav_core.evaluation.faults import faults, in_words
+from ..tav_core.evaluation.optical_flow import optical_flow
 from ..tav_core.media import pictures
 from .support.limits import within_limits
 from .support.memory import memory_explained
@@ -85,9 +86,11 @@ class EvaluateVideo(io.ComfyNode):
         mask = None if mask is None else _enlarged(mask, source.shape[1], source.shape[2])
         images = None if clip_vision is None else host.image_embeddings(clip_vision, edited)
         text = host.text_embedding(clip, prompt) if clip is not None and prompt.strip() else None
-        flows = metrics.source_flows(source) if len(source) > 1 else None
-        figures, curves = metrics.evaluate(source, edited, images, text, mask, flows)
-        wrong = faults(source, edited, flows, mask)
+        moves = len(source) > 1
+        flows = metrics.source_flows(source) if moves else None
+        edited_flow = optical_flow(edited[:-1], edited[1:]) if moves else None
+        figures, curves = metrics.evaluate(source, edited, images, text, mask, flows, edited_flow)
+        wrong = faults(source, edited, flows, mask, edited_flow)
         table, plot, verdict = metrics.table(figures), pictures.frame_curves(curves), in_words(wrong)
         # A picture, because front ends show text only of the host's own nodes.
         rows = [("verdict", line, "") for line in verdict.splitlines()] + metrics.rows(figures)

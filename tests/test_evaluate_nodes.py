@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.evaluation import optical_flow
 from tune_a_video.tav_core.media import pictures
 
 pytestmark = pytest.mark.comfyui
@@ -103,3 +104,18 @@ def test_clips_stand_side_by_side_under_their_captions(nodes: Any) -> None:
     assert len(video) == 3 and video.shape[2] >= 3 * 32
     other = pictures.side_by_side([("source", source), ("edit 1", edit), ("edit 3", source)])
     assert not torch.equal(video, other)
+
+
+def test_three_flows_serve_the_table_and_the_verdict(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[int] = []
+    finest = optical_flow._refined
+
+    def counted(source: Tensor, target: Tensor, flow: Tensor) -> Tensor:
+        if source.shape[-1] == 32:
+            pairs.append(len(source))
+        return finest(source, target, flow)
+
+    monkeypatch.setattr(optical_flow, "_refined", counted)
+    frames = torch.rand(4, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    nodes.EvaluateVideo.execute(frames, frames.flip(0))
+    assert sum(pairs) == 3 * optical_flow._ITERATIONS * (len(frames) - 1)

@@ -42,12 +42,13 @@ def faults(
     edited: Tensor,
     flows: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
+    edited_flow: Tensor | None = None,
 ) -> list[Fault]:
     """Return what went wrong with an edit: not made, background changed, motion lost, flicker; none where all is well.
 
     ``flows``: the source's to the next frame and back (``metrics.source_flows``), None for single frames. ``mask``:
-    [frames or 1, h, w], the edited region; the background is looked at only with one. Raises Refusal for a mask that
-    does not fit.
+    [frames or 1, h, w], the edited region; the background is looked at only with one. ``edited_flow``: the edit's to
+    the next frame, computed if missing. Raises Refusal for a mask that does not fit.
     """
     change = (edited[..., :3].float() - source[..., :3].float()).square().mean(-1)
     outside = None if mask is None else outside_mask(source, mask)
@@ -57,7 +58,9 @@ def faults(
     if outside is not None:
         found.append(("The background changed", _rms(change, outside) > seen))
     if flows is not None:
-        found.append(("The motion was lost", _lost(flows[0], optical_flow(edited[:-1], edited[1:]))))
+        if edited_flow is None:
+            edited_flow = optical_flow(edited[:-1], edited[1:])
+        found.append(("The motion was lost", _lost(flows[0], edited_flow)))
         found.append(("The picture flickers", _departure(edited, *flows) > seen))
     return [Fault(text, tuple(at.nonzero().flatten().tolist())) for text, at in found if at.any()]
 

@@ -29,14 +29,15 @@ def evaluate(
     text: Tensor | None = None,
     mask: Tensor | None = None,
     flows: tuple[Tensor, Tensor] | None = None,
+    edited_flow: Tensor | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Compute all figures by name, and the curves over frames by name.
 
     ``source``, ``edited``: [frames, h, w, 3] in 0..1. ``embeddings``: the edit's CLIP image embeddings
     [frames, width]; ``text``: its prompt's [width]; ``mask`` [frames or 1, h, w]: the edited region. Figures whose
     inputs are missing are left out, and so is FF-alpha for a source that does not warp well. ``flows``: the
-    source's ``source_flows``, for several edits of one source; they are computed if missing. Raises Refusal for inputs
-    that do not match.
+    source's ``source_flows``, for several edits of one source, and ``edited_flow``: the edit's to the next frame; they
+    are computed if missing. Raises Refusal for inputs that do not match.
     """
     check_same(source, edited)
     figures: dict[str, float] = {}
@@ -58,7 +59,8 @@ def evaluate(
     moves = len(source) > 1
     if moves:
         flow, backward = flows or source_flows(source)
-        edited_flow = optical_flow(edited[:-1], edited[1:])
+        if edited_flow is None:
+            edited_flow = optical_flow(edited[:-1], edited[1:])
         figures["motion alignment"] = motion_alignment(flow, edited_flow)
         figures["warp error"], curves["warp error"] = warp_error(edited, flow, backward)
     if mask is not None:
