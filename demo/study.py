@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline, schedule
 from tune_a_video.tav_core.attention import SPATIAL_MODES, SpatialMode
+from tune_a_video.tav_core.control.blend import composited
 from tune_a_video.tav_core.control.settings import PRESETS, Control
 from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.evaluation import metrics
@@ -187,9 +188,11 @@ def edited_videos(
     """Yield the edits that are wanted of each method, in order. Call it in inference mode.
 
     ``parts``: MODEL, CLIP and VAE of the tiny model. Methods with the same tuning or inversion share it here as well.
+    Edits under control have the clip's pixels outside their mask, as in the templates.
     """
     model, text, vae = parts
-    latent = vae.encode(clip.images())
+    images = clip.images()
+    latent = vae.encode(images)
     source = tiny_sd.encode(text, clip.prompt)
     motions: dict[Inflation, Motion] = {}
     inversions: dict[tuple[Inflation | None, bool], tuple[Tensor, Trajectory]] = {}
@@ -215,6 +218,8 @@ def edited_videos(
                 ready, start, positive, negative, settings.ddim_steps, guidance, control=control, seed=seed
             )
             frames = vae.decode(latents)
+            if control is not None:
+                frames = composited(images, frames, control.mask)
             yield Edited(method, edit, frames, time.process_time() - started)
             started = time.process_time()
 

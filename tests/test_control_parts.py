@@ -7,13 +7,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tune_a_video.tav_core.control.blend import difference_mask, frame_masks, grid, resized_mask
+from tune_a_video.tav_core.control.blend import composited, difference_mask, frame_masks, grid, resized_mask
 from tune_a_video.tav_core.control.guidance import proximal
 from tune_a_video.tav_core.control.injection import BoundCall, Call, Step
 from tune_a_video.tav_core.control.noise import freed_noise
 from tune_a_video.tav_core.control.settings import Control
 from tune_a_video.tav_core.control.words import EditWords, aligned, occurrences, positions
 from tune_a_video.tav_core.inflate import Layout
+
+
+@pytest.mark.comfyui
+def test_outside_a_mask_the_pixels_are_the_clips_as_the_templates_make_them() -> None:
+    from comfy_extras.nodes_mask import ImageCompositeMasked
+
+    generator = torch.Generator().manual_seed(0)
+    clip, edited = (torch.rand(2, 32, 48, 3, generator=generator) for _ in range(2))
+    mask = torch.zeros(2, 1, 8, 12)
+    mask[0, 0, 2:4, 5:9] = 1
+    kept = composited(clip, edited, mask)
+    assert torch.equal(kept[1], clip[1]) and torch.equal(kept[0, :, :18], clip[0, :, :18])
+    assert torch.equal(kept[0, 10:14, 22:34], edited[0, 10:14, 22:34])
+    assert composited(clip, edited, None) is edited
+    node = ImageCompositeMasked()
+    made = node.execute if hasattr(node, "execute") else node.composite
+    host = made(clip, edited, 0, 0, False, mask[:, 0])
+    assert torch.allclose((host.args if hasattr(host, "args") else host)[0], kept, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_a_servers_graph_has_the_control_only_where_it_is_asked_for(tmp_path: Pa
     assert controlled["control"]["inputs"] == {"preset": "style", "strength": 0.5}
     assert controlled["sample"]["inputs"]["control"] == ["control", 0]
     assert controlled["sample"]["inputs"]["positive"] == ["edit", 1]
+    assert controlled["save"]["inputs"]["images"] == ["kept", 0] and tuned["save"]["inputs"]["images"] == ["decode", 0]
+    assert controlled["kept"]["inputs"]["mask"] == ["sample", 1]
     assert controlled["edit"]["class_type"] == "TAV_EditPrompt" and controlled["motion"] == tuned["motion"]
     assert "control" not in tuned and "control" not in tuned["sample"]["inputs"]
     assert "motion" not in graph(jobs.UNTUNED) and "inflated" not in graph(jobs.FRAME_BY_FRAME)

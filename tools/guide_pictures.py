@@ -75,6 +75,7 @@ class Workbench:
     ) -> Any:
         """Return an edit's frames [frames, h, w, 3]. The demo's settings are the defaults."""
         from tune_a_video.tav_core import host, pipeline
+        from tune_a_video.tav_core.control.blend import composited
         from tune_a_video.tav_core.control.settings import PRESETS, at_strength
 
         model = self.tuned[self.settings.tune_steps if tune_steps is None else tune_steps]
@@ -89,7 +90,8 @@ class Workbench:
         levers = at_strength(PRESETS[preset], strength)
         control = pipeline.controlled(model, levers, trajectory, noise, positive) if levers.acts else None
         edited = pipeline.sample(model, noise, positive, negative, steps, scale, control=control, seed=SEED)
-        return self.vae.decode(edited)
+        frames = self.vae.decode(edited)
+        return frames if control is None else composited(self.frames, frames, control.mask)
 
 
 Row = tuple[str, Any, Any]  # caption, frames, the edit that it should show, or None

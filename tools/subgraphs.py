@@ -44,7 +44,7 @@ _PICTURE = "$$tav-preview"
 SUBGRAPHS = {
     "Edit a Video (Tune-A-Video)": Subgraph(
         "tune-a-video-edit-control",
-        range(3, 14),
+        range(3, 15),
         "Tunes a Stable Diffusion checkpoint on one clip and edits the clip with a sentence. Connect model, clip and "
         "vae of Load Checkpoint, choose a video, say what it shows and what it shall show. The video is saved and "
         "played; outputs: its frames, the saved video, clip and edit side by side, and where the clip changed.",
@@ -57,8 +57,8 @@ SUBGRAPHS = {
             "strength": ("9.strength",),
             "tuning_steps": ("6.steps",),
         },
-        {"images": (11, 0), "video": (12, 0), "comparison": (13, 0), "mask": (10, 1)},
-        ((3, "upload"), (6, "stop"), (13, _PICTURE), (6, _PICTURE), (10, _PICTURE)),
+        {"images": (12, 0), "video": (13, 0), "comparison": (14, 0), "mask": (10, 1)},
+        ((3, "upload"), (6, "stop"), (14, _PICTURE), (6, _PICTURE), (10, _PICTURE)),
         240,
     ),
     "Learn a Motion (Tune-A-Video)": Subgraph(

@@ -70,29 +70,29 @@ _HINTS = "4. One hint per frame"
 def _under_control() -> dict[str, dict[int, str]]:
     """Return the groups of the workflows that show what edit control is for."""
     start = {2: "1. Clip and model", 6: "2. Tune, once per clip", 7: "3. Invert", 8: "4. What changes"}
-    one = {**start, 10: "5. Edit", 13: "6. Side by side, and where"}
+    one = {**start, 10: "5. Edit", 14: "6. Side by side, and where"}
     return {
-        "tune-a-video-keep-background": {**one, 16: "7. In words"},
+        "tune-a-video-keep-background": {**one, 17: "7. In words"},
         "tune-a-video-change-colour": one,
         "tune-a-video-one-of-two": one,
         "tune-a-video-add-what-moves-along": one,
         "tune-a-video-moving-mask": {
             **start,
-            **{9: "5. Where", 12: "6. Edit", 16: "7. Side by side, and where"},
+            **{9: "5. Where", 12: "6. Edit", 17: "7. Side by side, and where"},
         },
         "tune-a-video-many-prompts-one-control": {
             **start,
-            **{8: "4. Control", 9: "5. Edit 1", 13: "6. Edit 2", 17: "7. Edit 3", 21: "8. Side by side"},
+            **{8: "4. Control", 9: "5. Edit 1", 14: "6. Edit 2", 19: "7. Edit 3", 24: "8. Side by side"},
         },
     }
 
 
 WORKFLOWS: dict[str, dict[int, str]] = {
-    "tune-a-video-quick-start": {2: "1. Checkpoint", 14: "2. Clip and sentences"},
+    "tune-a-video-quick-start": {2: "1. Checkpoint", 15: "2. Clip and sentences"},
     "tune-a-video-step-by-step": {**_START, 11: "4. Edit"},
     "tune-a-video-edit-control": {
         **{2: "1. Clip and model", 6: "2. Tune, once per clip", 7: "3. Invert", 8: "4. What changes", 10: "5. Edit"},
-        **{13: "6. Side by side, and where"},
+        **{14: "6. Side by side, and where"},
     },
     **_under_control(),
     "tune-a-video-object-edit": {**_START, 11: "4. Edit", 16: "5. Side by side"},

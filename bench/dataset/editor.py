@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline, schedule
+from tune_a_video.tav_core.control.blend import composited
 from tune_a_video.tav_core.control.settings import PRESETS
 from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.inflate import Inflation
@@ -31,7 +32,7 @@ class Editor:
         self.settings = settings
         with torch.inference_mode():
             self.model, self.clip, self.vae = load_model(settings.checkpoint)
-        self._clip, self._latent = "", torch.empty(0)
+        self._clip, self._frames, self._latent = "", torch.empty(0), torch.empty(0)
 
     def edit(self, job: Job) -> None:
         """Make an edit and write its pictures to ``job.result``."""
@@ -44,8 +45,8 @@ class Editor:
         with torch.inference_mode():
             source, empty = tiny_sd.encode(self.clip, job.source), tiny_sd.encode(self.clip, "")
             if job.clip != self._clip:
-                frames = torch.from_numpy(results.read_frames(job.frames)).float() / 255
-                self._clip, self._latent = job.clip, self.vae.encode(frames)
+                self._frames = torch.from_numpy(results.read_frames(job.frames)).float() / 255
+                self._clip, self._latent = job.clip, self.vae.encode(self._frames)
             model = self._ready(job, source)
             kept = self._inverted(job, model, source)
             prompt, run = tiny_sd.encode(self.clip, job.edit), None
@@ -56,7 +57,8 @@ class Editor:
                 run = pipeline.controlled(model, PRESETS[job.preset], trajectory, kept["noise"], prompt)
             steps, guidance = settings.ddim_steps, settings.guidance
             latent = pipeline.sample(model, kept["noise"], prompt, empty, steps, guidance, control=run)
-            return as_saved(self.vae.decode(latent))
+            frames = self.vae.decode(latent)
+            return as_saved(frames if run is None else composited(self._frames, frames, run.mask))
 
     def _inverted(self, job: Job, model: Any, source: Any) -> dict[str, Tensor]:
         """Return the clip's noise, and for edit control its trajectory, from the work folder where they are there."""

@@ -329,13 +329,16 @@ def edit_graph(settings: Settings, file: str, job: Job, motion: str) -> Graph:
             inflated["inputs"]["motion"] = ["motion", 0]
         graph["inflated"], ready = inflated, ["inflated", 0]
     prompt, extra = _node("CLIPTextEncode", clip=["model", 1], text=job.edit), {}
-    positive = ["edit", 0]
+    positive, saved = ["edit", 0], ["decode", 0]
     if job.method == CONTROLLED:
         prompt = _node(
             "TAV_EditPrompt", clip=["model", 1], source=job.source, edit=job.edit, negative_prompt="empty prompt"
         )
         positive, extra = ["edit", 1], {"control": ["control", 0]}
         graph["control"] = _node("TAV_EditControl", preset=job.preset, strength=0.5)
+        kept = {"destination": ["frames", 0], "source": ["decode", 0], "mask": ["sample", 1]}
+        graph["kept"] = _node("ImageCompositeMasked", x=0, y=0, resize_source=False, **kept)
+        saved = ["kept", 0]
     return {
         **graph,
         "invert": _node(
@@ -361,5 +364,5 @@ def edit_graph(settings: Settings, file: str, job: Job, motion: str) -> Graph:
             **extra,
         ),
         "decode": _node("VAEDecode", samples=["sample", 0], vae=["model", 2]),
-        "save": _node("SaveImage", images=["decode", 0], filename_prefix="study/edit"),
+        "save": _node("SaveImage", images=saved, filename_prefix="study/edit"),
     }

@@ -50,6 +50,20 @@ def frame_masks(mask: Tensor | None, latent: Tensor) -> Tensor:
     return resized_mask(mask, frames, height, width)[:, 0].cpu().contiguous()
 
 
+def composited(clip: Tensor, edited: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the frames of an edit inside a mask and the clip's own outside, as ImageCompositeMasked does.
+
+    ``clip``, ``edited``: [frames, h, w, 3] in 0..1. ``mask``: [frames, 1, h, w] or [frames, h, w] of any size, 0 to 1;
+    None leaves the edit as it is. The autoencoder blurs what it decodes, and a pixel of it depends on cells around its
+    own: a latent that is the clip's outside the mask is not enough for the clip's pixels there.
+    """
+    if mask is None:
+        return edited
+    weight = mask.reshape(-1, 1, *mask.shape[-2:]).to(edited)
+    weight = F.interpolate(weight, edited.shape[1:3], mode="bilinear").movedim(1, -1)
+    return weight * edited + (1 - weight) * clip
+
+
 def _lower_mean(values: Tensor) -> Tensor:
     """Return the mean of the lower of the two classes that differ most between them (Otsu's method)."""
     ordered = values.flatten().sort().values
