@@ -59,16 +59,15 @@ def evaluate(
     moves = len(source) > 1
     if moves:
         flow, backward = flows or source_flows(source)
-        if edited_flow is None:
-            edited_flow = optical_flow(edited[:-1], edited[1:])
-        figures["motion alignment"] = motion_alignment(flow, edited_flow)
+        after = optical_flow(edited[:-1], edited[1:]) if edited_flow is None else edited_flow
+        figures["motion alignment"] = motion_alignment(flow, after)
         figures["warp error"], curves["warp error"] = warp_error(edited, flow, backward)
     if mask is not None:
         figures["background PSNR, dB"] = background_psnr(source, edited, mask)
     if moves:
-        figures["minus end-point error, px"] = end_point_error(flow, edited_flow)
-        figures["motion fidelity"] = motion_fidelity(flow, edited_flow)
-        figures["FF-beta"] = ff_beta(flow, edited_flow)
+        figures["minus end-point error, px"] = end_point_error(flow, after)
+        figures["motion fidelity"] = motion_fidelity(flow, after)
+        figures["FF-beta"] = ff_beta(flow, after)
         alpha = ff_alpha(source, edited, flow)
         if alpha is not None:
             figures["FF-alpha"] = alpha
