@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import browser  # noqa: E402
 import engine  # noqa: E402
 import pytest  # noqa: E402
+import real_packs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -33,6 +34,7 @@ SUBJECTS = {
     "reference": "tests on reference files",
     "shared": "tests on the shared clips",
     "ray": "tests on a Ray cluster",
+    "packs": "tests beside other packs",
 }
 
 # Before pytest_configure, because conftest files further down may import the pack at their top.
@@ -88,6 +90,8 @@ def _absent(config: pytest.Config) -> dict[str, str]:
         absent["host"] = absent["comfyui"] = "--engine pypi" if config.option.engine == "pypi" else why
     if no_browser := browser.why_absent():
         absent["browser"] = no_browser
+    if no_packs := real_packs.why_absent():
+        absent["packs"] = no_packs
     if importlib.util.find_spec("ray") is None:
         absent["ray"] = "Ray is not installed (pip install ray)"
     if not config.option.reference:

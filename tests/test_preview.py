@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from types import SimpleNamespace
@@ -238,5 +239,25 @@ def test_a_previewer_that_shows_frames_by_itself_gets_all_of_them(shown: Any, mo
     model, x0 = build_model(UNETS["tiny"]), torch.zeros(3, 4, 8, 8)
     sampled = shown.module.LatentFrames(model)
     assert [sampled.refreshed(x0), sampled.refreshed(x0)] == [[], []]
-    assert given == [1, 3, 3]
+    # From the first call on: the animation is announced with as many frames as that call has.
+    assert given == [3, 3]
     assert len(shown.module.LatentFrames(model, anyway=True).all(x0)) == 3
+
+
+def test_a_reconstruction_is_decoded_by_the_hosts_own_previewer(
+    method: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack that shows frames by itself is not asked: its animation would take the place of the loss curve."""
+    given: list[int] = []
+
+    class Animation:
+        def decode_latent_to_preview_image(self, preview_format: str, x0: Tensor) -> None:
+            given.append(len(x0))
+
+    hosts_own = shown.module.latent_preview.get_previewer
+    around = functools.update_wrapper(lambda *args: Animation(), hosts_own)
+    monkeypatch.setattr(shown.module.latent_preview, "get_previewer", around)
+    method("latent2rgb")
+    model, x0 = build_model(UNETS["tiny"]), torch.zeros(3, 4, 8, 8)
+    assert len(shown.module.LatentFrames(model, anyway=True).all(x0)) == 3
+    assert given == []

@@ -56,7 +56,8 @@ class RunResult:
     outputs: per node id, the output that its UI received.
     cached: ids of the nodes whose earlier results were reused.
     executed: ids of the nodes that ran, in order.
-    previews: number of preview images received while the graph ran.
+    previews: preview images received while the graph ran, as they came.
+    announced: messages that belong to no graph, other packs' among them, as (kind, data).
     errors: per node id, the messages of its exception or of its failed validation.
     """
 
@@ -65,7 +66,8 @@ class RunResult:
     cached: list[str] = dataclasses.field(default_factory=list)
     executed: list[str] = dataclasses.field(default_factory=list)
     progress: list[Progress] = dataclasses.field(default_factory=list)
-    previews: int = 0
+    previews: list[bytes] = dataclasses.field(default_factory=list)
+    announced: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
     traceback: str = ""
     seconds: float = 0.0
@@ -275,14 +277,18 @@ class HostServer:
         assert self._process is not None
         return self._process.pid
 
-    def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None) -> RunResult:
+    def run(
+        self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, workflow: Any = None
+    ) -> RunResult:
         """Queue an API-format graph and follow it to its end.
 
         on_progress: called with every progress message, while the graph runs.
+        workflow: the graph as the page would send it along; packs read their settings there.
         """
         started = time.monotonic()
+        page = {} if workflow is None else {"extra_data": {"extra_pnginfo": {"workflow": workflow}}}
         try:
-            answer = self.post("/prompt", {"prompt": graph, "client_id": self.client_id})
+            answer = self.post("/prompt", {"prompt": graph, "client_id": self.client_id, **page})
         except urllib.error.HTTPError as error:
             refusal = json.loads(error.read())
             return RunResult("invalid", errors=_validation_errors(refusal))
@@ -298,10 +304,12 @@ class HostServer:
         while result.status == "running":
             message = self._receive(deadline)
             if isinstance(message, bytes):
-                result.previews += 1
+                result.previews.append(message)
                 continue
             kind, data = message["type"], message["data"]
             if data.get("prompt_id") != prompt_id:
+                if "prompt_id" not in data:
+                    result.announced.append((kind, data))
                 continue
             if kind == "execution_cached":
                 result.cached = list(data["nodes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -91,15 +92,15 @@ class LatentFrames:
     def __init__(self, model: Any, anyway: bool = False) -> None:
         latent_format = model.model.latent_format
         self._colours = None
+        # A pack that shows frames by itself would show a reconstruction in the place of the loss curve.
+        get_previewer = inspect.unwrap(latent_preview.get_previewer) if anyway else latent_preview.get_previewer
         if anyway and latent_format.latent_rgb_factors is not None:
             self._colours = latent_preview.Latent2RGBPreviewer(
                 latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
             )
-        self._previewer = latent_preview.get_previewer(model.load_device, latent_format) or self._colours
+        self._previewer = get_previewer(model.load_device, latent_format) or self._colours
         self._latest: dict[int, Picture] = {}
         self._next, self._seen = 0, time.monotonic()
-        # Set once the previewer gives no picture: it shows the frames in its own way (VideoHelperSuite's animation).
-        self._shows_itself = False
 
     def all(self, x0: Tensor) -> list[Picture]:
         """Decode every frame of x0 [frames, c, h, w], in the UNet's scale."""
@@ -114,17 +115,17 @@ class LatentFrames:
         now = time.monotonic()
         until = now + _SHARE_OF_TIME * (now - self._seen)
         self._seen = now
-        for _ in range(0 if self._shows_itself or self._previewer is None else len(x0)):
-            picture = _decode(self._previewer, x0, self._next)
+        for _ in range(0 if self._previewer is None else len(x0)):
+            # All frames as long as there are no pictures: a previewer that shows them by itself (VideoHelperSuite's
+            # animation) learns how many there are. The host's own decode the first of them.
+            given = x0[self._next : self._next + 1] if self._latest else x0
+            picture = self._previewer.decode_latent_to_preview_image("JPEG", given)
             if picture is None:
-                self._shows_itself = True
                 break
             self._latest[self._next] = picture
             self._next = (self._next + 1) % len(x0)
             if time.monotonic() > until:
                 break
-        if self._shows_itself and self._previewer is not None:
-            self._previewer.decode_latent_to_preview_image("JPEG", x0)
         return [self._latest[frame] for frame in sorted(self._latest)]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import real_packs
 import tiny_checkpoint
 import torch
 from host_server import HostServer, RunResult, host_version
@@ -65,11 +66,13 @@ def server(comfyui: Path | None, shared_videos: list[Path], exercised: list[str]
         (base / "input").mkdir()
         for video in shared_videos:
             shutil.copy(video, base / "input")
-        packs = {graphs.PACK: ROOT, PROBES: HERE / "probe_nodes"}
+        beside = real_packs.found()
+        packs = {graphs.PACK: ROOT, PROBES: HERE / "probe_nodes"} | beside
         # Threads that wait for each other asleep, not spinning: the tests share their cores with the server.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"}
         with Host(comfyui, base, packs, environment, ["--preview-method", "latent2rgb"]) as running:
             exercised.append(f"host tests: ComfyUI {host_version(comfyui)} as a server on the CPU")
+            exercised.extend(f"beside it: {name}" for name in beside)
             yield running
     finally:
         shutil.rmtree(base, ignore_errors=True)

@@ -103,8 +103,11 @@ def inflate(graph: Graph, model: Link, **changes: Any) -> Link:
     return graph.add("TAV_InflateUNet", model=model, **(inputs | changes))[0]
 
 
-def context_windows(graph: Graph, model: Link, schedule: str = "standard_static") -> Link:
-    """The stock node: the model sees two frames at a time, in windows that overlap by one."""
+def context_windows(graph: Graph, model: Link, schedule: str = "standard_static", frame_ahead: bool = True) -> Link:
+    """The stock node: the model sees two frames at a time, in windows that overlap by one.
+
+    ``frame_ahead``: newer hosts put the frame before a window in front of it.
+    """
     inputs = {
         "context_length": 2,
         "context_overlap": 1,
@@ -117,7 +120,7 @@ def context_windows(graph: Graph, model: Link, schedule: str = "standard_static"
         "cond_retain_index_list": "",
         "split_conds_to_windows": False,
         "latent_retain_index_list": "",
-        "causal_window_fix": True,
+        "causal_window_fix": frame_ahead,
     }
     return graph.add("ContextWindowsManual", model=model, **inputs)[0]
 
@@ -214,6 +217,46 @@ class Edit:
     def video(self, model: Link, positive: Link | None = None, negative: Link | None = None, **changes: Any) -> Link:
         """The edit's latents, with other conditionings if given."""
         return sample(self.graph, model, positive or self.positive, negative or self.negative, self.latent, **changes)
+
+
+class PerFrame:
+    """A model whose frames do not see each other, two prompts and different frames."""
+
+    frames = 4
+
+    def __init__(self, unet: str | None = None) -> None:
+        graph = self.graph = Graph()
+        loaded = checkpoint(graph)
+        plain = graph.add("UNETLoader", unet_name=unet, weight_dtype="default")[0] if unet else loaded.model
+        self.model = inflate(graph, plain, attention="per frame", group_norm="per frame")
+        self.positive, self.negative = text(graph, loaded.clip, EDIT_PROMPT), text(graph, loaded.clip, "")
+        self.latent = random_latent(graph, self.frames)
+
+    def hinted(
+        self, net: str, count: int = frames, conds: tuple[Link, Link] | None = None, seed: int = 3
+    ) -> tuple[Link, Link]:
+        """Both prompts with a hint for each frame."""
+        positive, negative = conds or (self.positive, self.negative)
+        node = self.graph.add(
+            "ControlNetApplyAdvanced",
+            positive=positive,
+            negative=negative,
+            control_net=self.graph.add("ControlNetLoader", control_net_name=net)[0],
+            image=random_hints(self.graph, count, seed=seed),
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+        )
+        return node[0], node[1]
+
+    def masked(self) -> Link:
+        """The prompt inside a mask that differs from frame to frame, beside the prompt everywhere."""
+        image = random_hints(self.graph, self.frames)
+        mask = self.graph.add("ImageToMask", image=image, channel="red")[0]
+        inside = self.graph.add(
+            "ConditioningSetMask", conditioning=self.positive, mask=mask, strength=1.0, set_cond_area="default"
+        )[0]
+        return self.graph.add("ConditioningCombine", conditioning_1=inside, conditioning_2=self.negative)[0]
 
 
 def save_latent(graph: Graph, latent: Link) -> Node:

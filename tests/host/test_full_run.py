@@ -78,7 +78,7 @@ def test_two_edits_from_one_tuning(server, exercised):
     assert (tuning[-1].value, tuning[-1].maximum) == (3, 3)
     sampling = [p for p in first.progress if p.node == nodes["sample"][0]]
     assert (sampling[-1].value, sampling[-1].maximum) == (STEPS, STEPS)
-    assert first.previews > 0
+    assert first.previews
     with Image.open(server.saved_file(first, nodes["curve"], "images")) as curve:
         assert min(curve.size) >= 64
         assert len(curve.getcolors(1 << 20)) > 1, "the loss curve is a blank picture"

@@ -7,60 +7,12 @@ from __future__ import annotations
 
 import pytest
 import tiny_checkpoint
-from graphs import (
-    EDIT_PROMPT,
-    Graph,
-    checkpoint,
-    context_windows,
-    inflate,
-    invert,
-    random_hints,
-    random_latent,
-    relative_error,
-    sample,
-    text,
-)
+from graphs import PerFrame, context_windows, invert, relative_error, sample
 
 pytestmark = pytest.mark.host
 
-FRAMES, STEPS = 4, 2
+STEPS = 2
 SCHEDULES = ("standard_static", "looped_uniform")
-
-
-class Scene:
-    """A model whose frames do not see each other, two prompts and different frames."""
-
-    def __init__(self, unet: str | None = None) -> None:
-        graph = self.graph = Graph()
-        loaded = checkpoint(graph)
-        plain = graph.add("UNETLoader", unet_name=unet, weight_dtype="default")[0] if unet else loaded.model
-        self.model = inflate(graph, plain, attention="per frame", group_norm="per frame")
-        self.positive, self.negative = text(graph, loaded.clip, EDIT_PROMPT), text(graph, loaded.clip, "")
-        self.latent = random_latent(graph, FRAMES)
-
-    def hinted(self, net, count=FRAMES, conds=None, seed=3):
-        """Both prompts with a hint for each frame."""
-        positive, negative = conds or (self.positive, self.negative)
-        node = self.graph.add(
-            "ControlNetApplyAdvanced",
-            positive=positive,
-            negative=negative,
-            control_net=self.graph.add("ControlNetLoader", control_net_name=net)[0],
-            image=random_hints(self.graph, count, seed=seed),
-            strength=1.0,
-            start_percent=0.0,
-            end_percent=1.0,
-        )
-        return node[0], node[1]
-
-    def masked(self):
-        """The prompt inside a mask that differs from frame to frame, beside the prompt everywhere."""
-        image = random_hints(self.graph, FRAMES)
-        mask = self.graph.add("ImageToMask", image=image, channel="red")[0]
-        inside = self.graph.add(
-            "ConditioningSetMask", conditioning=self.positive, mask=mask, strength=1.0, set_cond_area="default"
-        )[0]
-        return self.graph.add("ConditioningCombine", conditioning_1=inside, conditioning_2=self.negative)[0]
 
 
 def assert_windows_equal_the_whole(server, scene, conds, exercised, kind, apart=False):
@@ -82,7 +34,7 @@ def assert_windows_equal_the_whole(server, scene, conds, exercised, kind, apart=
 @pytest.mark.parametrize("apart", [False, True])
 def test_controlnet_hints_follow_their_window(server, exercised, apart):
     """Two ControlNets, one of them with fewer hints than frames."""
-    scene = Scene()
+    scene = PerFrame()
     conds = scene.hinted("control.safetensors", 2, scene.hinted("control.safetensors"), seed=5)
     assert_windows_equal_the_whole(server, scene, conds, exercised, "ControlNet hints", apart)
 
@@ -96,7 +48,7 @@ def test_t2i_adapter_hints_follow_their_window(server, exercised):
             (tiny_checkpoint.t2i_adapter_weights(seed=22), "controlnet", names[1]),
         )
     ]
-    scene = Scene(names[0])
+    scene = PerFrame(names[0])
     conds = scene.hinted(names[1], conds=scene.hinted("control.safetensors", 1))
     assert_windows_equal_the_whole(server, scene, conds, exercised, "T2I-Adapter hints")
     for path in paths:
@@ -104,15 +56,15 @@ def test_t2i_adapter_hints_follow_their_window(server, exercised):
 
 
 def test_masks_and_prompts_for_each_frame_follow_their_window(server, exercised):
-    scene = Scene()
+    scene = PerFrame()
     assert_windows_equal_the_whole(server, scene, (scene.masked(), scene.negative), exercised, "masks")
-    scene = Scene()
-    prompts = scene.graph.add("ProbeFramePrompts", conditioning=scene.positive, count=FRAMES)[0]
+    scene = PerFrame()
+    prompts = scene.graph.add("ProbeFramePrompts", conditioning=scene.positive, count=scene.frames)[0]
     assert_windows_equal_the_whole(server, scene, (prompts, scene.negative), exercised, "prompts for each frame")
 
 
 def test_an_inversion_with_hints_follows_its_windows(server):
-    scene = Scene()
+    scene = PerFrame()
     graph = scene.graph
     positive, _ = scene.hinted("control.safetensors")
     models = scene.model, *(context_windows(graph, scene.model, schedule) for schedule in SCHEDULES)
