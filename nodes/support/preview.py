@@ -112,14 +112,17 @@ class LatentFrames:
 
     def refreshed(self, x0: Tensor) -> list[Picture]:
         """Decode as many frames of x0 as the time allows, and return them in order with the older ones of the rest."""
+        previewer = self._previewer
+        if previewer is None:
+            return []
         now = time.monotonic()
         until = now + _SHARE_OF_TIME * (now - self._seen)
         self._seen = now
-        for _ in range(0 if self._previewer is None else len(x0)):
+        for _ in range(len(x0)):
             # All frames as long as there are no pictures: a previewer that shows them by itself (VideoHelperSuite's
             # animation) learns how many there are. The host's own decode the first of them.
             given = x0[self._next : self._next + 1] if self._latest else x0
-            picture = self._previewer.decode_latent_to_preview_image("JPEG", given)
+            picture = previewer.decode_latent_to_preview_image("JPEG", given)
             if picture is None:
                 break
             self._latest[self._next] = picture
