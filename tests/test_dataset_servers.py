@@ -216,7 +216,7 @@ def test_a_server_that_lacks_nodes_or_the_checkpoint_is_left_out_and_costs_no_ed
     todo = some_jobs(tmp_path, clips=3, edits=1)
     outcome, _ = share(todo, [bare, good])
     assert (outcome.made, outcome.failed) == (3, [])
-    assert outcome.lost[bare.address].startswith("it has no node CLIPTextEncode, SaveImage, TAV_")
+    assert outcome.lost[bare.address].startswith("it has no node CLIPTextEncode, ImageCompositeMasked, SaveImage, TAV_")
     other = jobs.Settings(**{**vars(SETTINGS), "checkpoint": "other.ckpt"})
     good.nodes |= {node: {} for node in servers._needed(other)}
     outcome, _ = share(some_jobs(tmp_path / "other", 1, 1), [good], other)
