@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes or actors; default: one a GPU, else one")
     parser.add_argument(
-        "--patience", type=float, default=servers.RETURN, help="seconds after which a silent server is left out"
+        "--patience",
+        type=float,
+        default=servers.RETURN,
+        help="seconds after which a silent server is left out",
     )
 
 
@@ -255,15 +258,14 @@ def _workers(output: Path, settings: jobs.Settings, options: dict[str, Any]) -> 
             raise SystemExit(f"--on servers: {error}") from error
     if where == "ray" and len(rest) < 2:
         ray = ray_cluster.connect(rest[0] if rest else "")
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        count = options["workers"] or gpus or 1
-        resources = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_gpus": 0, "num_cpus": 1}
-        actors = [
-            ray_cluster.RayWorker(ray, f"actor-{i}", settings, _comfyui(), max(threads // count, 1), **resources)
-            for i in range(count)
-        ]
-        # The first clips go to the roomiest.
-        return sorted(actors, key=lambda actor: -actor.free_memory()), True
+        return ray_cluster.start_actors(
+            ray,
+            options["workers"],
+            settings,
+            _comfyui(),
+            threads,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        ), True
     if where != "local" or rest:
         raise SystemExit("--on is local, servers HOST:PORT ... or ray [ADDRESS]")
     devices = [str(i) for i in range(torch.cuda.device_count())]

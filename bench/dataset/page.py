@@ -21,6 +21,7 @@ _FPS = 8.0
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 75rem; padding: 1rem; }
+details { margin-bottom: 1rem; }
 section { border-top: 1px solid #8884; padding: .5rem 0 1rem; }
 video { max-width: 100%; display: block; }
 h2 { font-size: 1.1rem; } h3 { font-size: 1rem; margin: .5rem 0; }
@@ -28,6 +29,23 @@ h2 { font-size: 1.1rem; } h3 { font-size: 1rem; margin: .5rem 0; }
 td, th { border: 1px solid #8886; padding: .2rem .5rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 p.source { opacity: .8; margin: 0; }
+"""
+# Controls of a video that does not play cover a third of it: videos in sight play, and have controls when pointed at.
+_SCRIPT = """
+const inSight = new IntersectionObserver((entries) => {
+  for (const {target, isIntersecting} of entries) {
+    if (isIntersecting) target.play().catch(() => { target.controls = true; });
+    else target.pause();
+  }
+});
+if (!matchMedia("(prefers-reduced-motion: reduce)").matches)
+  for (const video of document.querySelectorAll("video")) {
+    video.controls = false;
+    video.tabIndex = 0;
+    for (const event of ["pointerenter", "focus"]) video.addEventListener(event, () => { video.controls = true; });
+    for (const event of ["pointerleave", "blur"]) video.addEventListener(event, () => { video.controls = false; });
+    inSight.observe(video);
+  }
 """
 
 
@@ -48,7 +66,7 @@ def write(output: Path, systems: Mapping[str, Path], rows: Sequence[Row], scored
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Edits of a study</title><style>{_STYLE}</style>\n"
-        f"<body><h1>Edits of a study</h1>\n{body}\n</body></html>\n"
+        f"<body><h1>Edits of a study</h1>\n{body}\n<script>{_SCRIPT}</script></body></html>\n"
     )
     results.write_whole(output / "index.html", page)
     return output / "index.html"

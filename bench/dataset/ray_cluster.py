@@ -10,13 +10,17 @@ import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import results
-from .jobs import MOTION, NOISE, EditFailed, Job, Settings, WorkerDied
+from .jobs import MOTION, NOISE, EditFailed, Job, Settings, WorkerDied, WorkerLost
 
 ROOT = Path(__file__).resolve().parents[2]
+# Seconds that an actor may take to start, with the model on a slow disk, and between two looks at whether it has.
+PATIENCE, _LOOK = 300, 1
 
 
 def connect(address: str) -> Any:
@@ -78,10 +82,22 @@ class RemoteEditor:
 
 
 class RayWorker:
-    """An actor as a worker. ``resources``: of ray.remote, such as num_gpus=1."""
+    """An actor as a worker. ``resources``: of ray.remote, such as num_gpus=1.
 
-    def __init__(self, ray: Any, name: str, settings: Settings, comfyui: Path | None, threads: int, **resources: Any):
-        self.name, self._ray = name, ray
+    An actor that does not start again within ``patience`` seconds is left out: its machine is gone, or taken.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        name: str,
+        settings: Settings,
+        comfyui: Path | None,
+        threads: int,
+        patience: float = PATIENCE,
+        **resources: Any,
+    ) -> None:
+        self.name, self._ray, self.patience = name, ray, patience
         kind = ray.remote(max_restarts=0, **resources)(RemoteEditor)
         # The actor's process imports this package from the same path on its machine.
         environment = {"env_vars": {"PYTHONPATH": str(ROOT / "bench")}}
@@ -90,6 +106,18 @@ class RayWorker:
         )
         self._actor = self._make()
         self._closed = False
+
+    def starts(self) -> bool:
+        """Wait for the actor's process; return whether it is there in time. Raises WorkerLost if it ends instead."""
+        deadline, asked = time.monotonic() + self.patience, self._actor.process_id.remote()
+        while not self._closed and time.monotonic() < deadline:
+            if self._ray.wait([asked], timeout=_LOOK)[0]:
+                try:
+                    self._ray.get(asked)
+                except self._ray.exceptions.RayError as error:
+                    raise WorkerLost(f"it does not start ({str(error).strip().splitlines()[-1]})") from error
+                return True
+        return False
 
     def free_memory(self) -> int:
         """Return the bytes that are free where the actor runs."""
@@ -114,10 +142,67 @@ class RayWorker:
         results.write_frames(job.result, frames)
 
     def revive(self) -> bool:
-        if not self._closed:
-            self._actor = self._make()
-        return not self._closed
+        if self._closed:
+            return False
+        self._actor = self._make()
+        if self.starts():
+            return True
+        # Ray would start it whenever there is room, for nobody.
+        self._ray.kill(self._actor)
+        return False
 
     def close(self) -> None:
         self._closed = True
         self._ray.kill(self._actor)
+
+
+def start_actors(
+    ray: Any,
+    count: int | None,
+    settings: Settings,
+    comfyui: Path | None,
+    threads: int,
+    say: Callable[[str], None],
+    patience: float = PATIENCE,
+) -> list[RayWorker]:
+    """Start ``count`` actors, None for one a GPU, and return those that the cluster has room for, the roomiest first.
+
+    Ray itself would wait for room without a word. ``threads`` are shared among the actors of a cluster without GPUs.
+    ``say``: told of each actor that is left out. Exits if none starts.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    needs = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
+    wanted, room = count or gpus or 1, _room(ray, needs)
+    each = " and ".join(f"1 {name}" for name in needs)
+    if not room:
+        raise SystemExit(f"--on ray: the cluster has no room for an actor, which takes {each}.")
+    if room < wanted:
+        say(f"The cluster has room for {room} of {wanted} actors, each of which takes {each}; {room} work.")
+    started = min(wanted, room)
+    threads = max(threads // started, 1)
+    actors = [
+        RayWorker(ray, f"actor-{i}", settings, comfyui, threads, patience, num_cpus=1, num_gpus=needs.get("GPU", 0))
+        for i in range(started)
+    ]
+    ready = []
+    for actor in actors:
+        try:
+            reason = "" if actor.starts() else f"it has not started after {patience:g} s; the cluster is busy"
+        except WorkerLost as error:
+            reason = str(error)
+        if reason:
+            say(f"{actor.name} is left out: {reason}.")
+            actor.close()
+        else:
+            ready.append(actor)
+    if not ready:
+        raise SystemExit("--on ray: no actor has started.")
+    return sorted(ready, key=lambda actor: -actor.free_memory())
+
+
+def _room(ray: Any, needs: Mapping[str, int]) -> int:
+    """Return how many actors fit into what is free, none of them spread over two machines."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_size = sum(min(int(node.get(name, 0)) // need for name, need in needs.items()) for node in nodes)
+    free = ray.available_resources()
+    return min(by_size, *(int(free.get(name, 0)) // need for name, need in needs.items()))

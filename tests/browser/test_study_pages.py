@@ -99,10 +99,18 @@ def test_the_page_of_a_study_opens_from_the_disk_and_plays(
     shown.wait_for_function("[...document.querySelectorAll('video')].every(video => video.videoWidth > 0)")
     assert shown.locator("video").count() == 2 and shown.get_by_text("a fox").count() == 1
     assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    shown.locator("video").first.evaluate("video => video.play()")
+    first = shown.locator("video").first
+    first.scroll_into_view_if_needed()
     shown.wait_for_function("document.querySelector('video').currentTime > 0")
+    # Nothing lies over the frames until somebody points at them.
+    assert not first.evaluate("video => video.controls")
     if screens:
         shown.screenshot(path=screens / f"study-{size}.png", full_page=True)
+    first.hover()
+    assert first.evaluate("video => video.controls")
+    shown.set_viewport_size({"width": 390, "height": 200})
+    shown.evaluate("scrollTo(0, 0)")
+    shown.wait_for_function("document.querySelector('video').paused")
 
 
 @pytest.fixture
@@ -135,6 +143,9 @@ def test_a_person_votes_reloads_and_opens_a_second_tab(
     shown = pages(size, address)
     shown.wait_for_selector("form:not([hidden])")
     assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # The questions can be answered while the videos play: all is in sight at once.
+    shown.wait_for_function("document.querySelector('#left').videoWidth > 0")
+    assert shown.evaluate("document.querySelector('button').getBoundingClientRect().bottom <= innerHeight")
     assert shown.locator("button").is_disabled()
     shown.wait_for_function("[...document.querySelectorAll('video')].every(video => video.currentTime > 0)")
     if screens:
