@@ -339,6 +339,7 @@ class HostServer:
             except websocket.WebSocketTimeoutException:
                 self._check_alive()
                 if time.monotonic() > deadline:
+                    self.interrupt()  # so that the next graph does not wait for this one
                     raise HostError(
                         f"the graph did not end within {self.run_timeout:.0f} s; the log ends:\n{self._log_tail()}"
                     ) from None
