@@ -81,7 +81,7 @@ FirstFrame = Callable[[str, str, Tensor], Tensor | None]
 
 @dataclass
 class Evaluation:
-    """What the forwards need to know of the evaluation of the UNet that is under way; they read it as they run.
+    """The running evaluation of the UNet, as far as the forwards need to know it; they read it as they run.
 
     ``first_frame``: for frames that are a window of a longer video. ``control``: edit control of spatial attentions.
     """

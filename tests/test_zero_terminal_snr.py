@@ -78,6 +78,7 @@ def test_the_clip_comes_back_at_guidance_1(steps: int, stand_in: bool, monkeypat
     assert 0.8 < float(noise.std() * host.model_scale(model) / sigmas[-1]) < 1.2
 
 
+@pytest.mark.comfyui
 @pytest.mark.parametrize("steps", [7, 10])
 @torch.inference_mode()
 def test_edits_of_every_kind_stay_finite(steps: int) -> None:

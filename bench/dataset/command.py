@@ -68,10 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes or actors; default: one a GPU, else one")
     parser.add_argument(
-        "--patience",
-        type=float,
-        default=servers.RETURN,
-        help="seconds after which a silent server is left out",
+        "--patience", type=float, default=servers.RETURN, help="seconds after which a silent server is left out"
     )
 
 

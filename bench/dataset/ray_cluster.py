@@ -168,7 +168,7 @@ def start_actors(
     """Start ``count`` actors, None for one a GPU, and return those that the cluster has room for, the roomiest first.
 
     Ray itself would wait for room without a word. ``threads`` are shared among the actors of a cluster without GPUs.
-    ``say``: told of each actor that is left out. Exits if none starts.
+    ``say`` gets a sentence for each actor that is left out. Exits if none starts.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     needs = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}

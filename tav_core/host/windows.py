@@ -20,7 +20,7 @@ from ..inflate import FirstFrame, Layout
 _RUN = "tune-a-video run"
 # Where packs look up a window's frames: AnimateDiff-Evolved writes it, Advanced-ControlNet and IPAdapter read it.
 _PUBLISHED = "ad_params"
-# What a ControlNet or a T2I-Adapter computes from its hints and keeps.
+# The attributes in which a ControlNet or a T2I-Adapter keeps what it has computed from its hints.
 _COMPUTED = ("cond_hint", "control_input", "extra_concat")
 
 
@@ -146,8 +146,9 @@ def _frames_of(handler: Any, window: Any) -> list[int]:
 
 
 def _follow(whole: Mapping[str, Any], part: dict[str, Any], frames: Sequence[int]) -> dict[str, Any]:
-    """Cut what the host has left whole in ``part``, its conditioning of a window. Frame i gets number i, as without
-    windows, and the numbers start anew where there are fewer than frames.
+    """Cut what the host has left whole in ``part``, its conditioning of a window.
+
+    Frame i gets item i, as without windows; where there are fewer items than frames, they repeat in turn.
     """
     conds = dict(part["model_conds"])
     for name, value in conds.items():

@@ -141,7 +141,7 @@ def _shown(packets: np.ndarray, begin: int | None) -> np.ndarray:
     # Recordings of broadcasts begin with frames that lack the ones they refer to.
     if begin is not None and (shown[:, 0] == begin).any():
         shown = shown[shown[:, 0] >= begin]
-    # Of frames at one time, players show one. Many of them mean that the file has no usable times.
+    # Players show one of several frames with the same time. Many such frames mean that the file has no usable times.
     distinct = shown[np.unique(shown[:, 0], return_index=True)[1]]
     return distinct if len(distinct) > 0.9 * len(shown) else shown
 

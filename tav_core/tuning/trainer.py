@@ -127,7 +127,7 @@ class Trainer:
             self.optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1))
         )
         self._scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)
-        # [2, steps] on the device: the loss of each step, and 1.0 where it was skipped.
+        # [2, steps] on the device: each step's loss, and 1.0 where the step was skipped.
         self._history = torch.zeros(2, settings.steps, device=unet.device)
         self.done = 0
         # The generator's state before the next step; None within an update, when weights and moments differ in step.
