@@ -1,10 +1,11 @@
 # make demo    run the main job on a drawn clip with the tiny model; results in demo-output/
-# make test    lint, types and all tests
+# make test    lint, types and all tests, in WORKERS processes (2)
 # make host    only the tests that boot a real ComfyUI
 #
 # A real ComfyUI is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; ENGINE=pypi goes without.
 PYTHON ?= python3
 ENGINE ?= auto
+WORKERS ?= 2
 
 .PHONY: demo test lint host env clean
 
@@ -12,7 +13,7 @@ demo: env
 	.venv/bin/python demo --engine $(ENGINE)
 
 test: lint
-	.venv/bin/pytest --engine $(ENGINE)
+	.venv/bin/pytest --engine $(ENGINE) -n $(WORKERS) --dist loadfile
 
 lint: env
 	.venv/bin/ruff check .

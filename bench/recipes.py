@@ -251,6 +251,8 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         parts = tiny_sd.load(weights)
+        if not hasattr(parts[0], "additional_models"):
+            raise SystemExit("recipes: this engine of ComfyUI keeps no models beside a model. Update ComfyUI.")
         for clip in plan.clips:
             for recipe in plan.recipes:
                 _finish(plan, parts, clip, recipe)

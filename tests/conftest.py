@@ -9,10 +9,14 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 # Threads that wait by spinning slow each other down when the tests' and the host's meet on a few cores. Read when
 # torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Workers of pytest-xdist, and the hosts that they start, share the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import browser  # noqa: E402
 import engine  # noqa: E402
@@ -118,6 +122,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (told := getattr(session.config, "workeroutput", None)) is not None:
+        told["exercised"] = session.config.stash[EXERCISED]
+        told["not_run"] = dict(session.config.stash[NOT_RUN])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take over what a worker of pytest-xdist tells at its end. One that has crashed tells nothing."""
+    stash, told = node.config.stash, getattr(node, "workeroutput", {})
+    stash[EXERCISED] += [line for line in told.get("exercised", []) if line not in stash[EXERCISED]]
+    stash[NOT_RUN] |= Counter(told.get("not_run", {}))  # each worker collects all tests
 
 
 @pytest.hookimpl(trylast=True)

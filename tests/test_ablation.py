@@ -396,6 +396,7 @@ def test_every_comparison_has_one_name_for_each_way_of_editing() -> None:
     assert {name for kinds in study.PRESET_KINDS.values() for name in kinds} < set(clips.KINDS)
 
 
+@pytest.mark.comfyui
 def test_every_way_of_editing_runs_on_the_demos_model() -> None:
     """With as few steps as possible: the weights decide whether the edits are good, not whether they are made."""
     clip = CLIPS["line"].thinned(2)

@@ -38,6 +38,7 @@ def test_a_kind_of_edit_has_a_preset(kind: str, preset: str) -> None:
     assert jobs.preset_of(kind) == preset and preset in PRESETS
 
 
+@pytest.mark.comfyui
 def test_control_keeps_more_of_the_clip_and_a_resumed_edit_is_the_same(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     drawn.write(tmp_path / "set")

@@ -30,7 +30,7 @@ def small_cluster() -> Iterator[Any]:
     """A cluster whose only machine has two CPUs, whatever this one has."""
     import ray
 
-    ray.init(num_cpus=2, num_gpus=0, log_to_driver=False, include_dashboard=False, logging_level="error")
+    ray.init("local", num_cpus=2, num_gpus=0, log_to_driver=False, include_dashboard=False, logging_level="error")
     yield ray
     ray.shutdown()
 

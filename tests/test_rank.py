@@ -209,6 +209,7 @@ def test_motions_of_another_rank_are_refused_before_any_work() -> None:
     assert for_rank(first, RANK) is first and RANK_KEY not in for_rank(first, 0).metadata
 
 
+@pytest.mark.comfyui
 def test_a_carried_motion_keeps_its_rank_and_its_strengths() -> None:
     model = build_model(UNETS["tiny"])
     motion = tuned(model).to(torch.float16)

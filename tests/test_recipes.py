@@ -73,6 +73,7 @@ def test_timesteps_come_from_the_recipes_part_alone() -> None:
         assert low <= min(drawn) < low + 20 and high - 20 < max(drawn) <= high
 
 
+@pytest.mark.comfyui
 def test_a_centred_norm_acts_in_tuning_and_in_edits_and_is_gone_afterwards(parts: Any) -> None:
     model, text, vae = parts
     recipe = Recipe("both", rate=100.0)
@@ -89,6 +90,7 @@ def test_a_centred_norm_acts_in_tuning_and_in_edits_and_is_gone_afterwards(parts
     assert torch.equal(edited(recipe), plain)
 
 
+@pytest.mark.comfyui
 def test_a_study_is_resumed_without_tuning_again_and_writes_table_and_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

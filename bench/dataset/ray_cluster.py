@@ -24,12 +24,17 @@ PATIENCE, _LOOK = 300, 1
 
 
 def connect(address: str) -> Any:
-    """Return the module ``ray``, connected to a cluster; "" starts one on this machine. Exits without ray."""
+    """Return the module ``ray``, connected to a cluster. Exits without ray.
+
+    ``address``: "auto" is the cluster that ``ray start`` started here, "" is RAY_ADDRESS, else a new cluster of this
+    machine. Ray itself would wait minutes for one that was killed, and start none then.
+    """
     try:
         import ray
     except ImportError as error:
         raise SystemExit("--on ray needs Ray: pip install ray") from error
-    ray.init(address=address or None, log_to_driver=False, include_dashboard=False, logging_level="error")
+    address = address or os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="error")
     return ray
 
 
