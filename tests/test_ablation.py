@@ -222,7 +222,7 @@ OTHER_LOOKS = [Look("light", "halves", "cyan"), Look("dark", "core", "orange"), 
             {"all right", "only one of two"},
         ),
     ],
-    ids=lambda value: "" if callable(value) else str(value),
+    ids=lambda value: ", ".join(sorted(value)) if isinstance(value, set) else "" if callable(value) else value,
 )
 def test_what_is_wrong_loses_its_own_marks_and_no_others(
     clip: str, kind: str, change: Callable[[int, Scene], Scene], lost: set[str]
