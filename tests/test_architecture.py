@@ -92,3 +92,9 @@ def test_imports_run_one_way(name: str) -> None:
         theirs = floor(each)
         if theirs is not None and each.split(".")[:2] != room and not (name.startswith("nodes") and theirs == ours):
             assert theirs < ours, f"{name} imports {each}"
+
+
+def test_the_page_shows_every_file() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    shown = {word for word in tree.split() if word.endswith(".py")}
+    assert shown == {path.name for path in MODULES.values()}
