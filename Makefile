@@ -13,7 +13,7 @@ demo: env
 	.venv/bin/python demo --engine $(ENGINE)
 
 test: lint
-	.venv/bin/pytest --engine $(ENGINE) -n $(WORKERS) --dist loadfile
+	.venv/bin/pytest --engine $(ENGINE) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: env
 	.venv/bin/ruff check .
