@@ -20,6 +20,7 @@ from torch import Tensor
 from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.media.clip import Clip, load_clip
 from tune_a_video.tav_core.media.encode import save_clip
+from tune_a_video.tav_core.media.ictcp import rgb_of_ictcp
 
 COLOURS = [
     (0, 185, 0),
@@ -115,6 +116,23 @@ def test_hdr_is_shown_as_sdr(tmp_path: Path, transfer: str, codec: str) -> None:
         filters += ",setparams=color_primaries=unknown:colorspace=unknown"
     path = coded(tmp_path / ("a.webm" if codec == "vp9" else "a.mov"), patches(), filters, *options)
     assert furthest(shown_patches(load_clip(path, resize="keep"))) <= 14
+
+
+def test_hdr_whose_matrix_is_ictcp(tmp_path: Path) -> None:
+    filters = "zscale=rin=pc:pin=709:tin=709:p=2020:t=smpte2084:m=ictcp:r=tv,format=yuv444p12le"
+    path = coded(tmp_path / "a.mp4", patches(), filters, "-c:v", "libx265", "-x265-params", "lossless=1:log-level=none")
+    assert furthest(shown_patches(load_clip(path, resize="keep"))) <= 14
+
+
+def test_ictcp_of_hlg_as_bt2100_defines_it() -> None:
+    """zscale applies HLG's gamma to L, M and S, which the standard does not: the forward way is written out here."""
+    rgb = np.random.default_rng(0).uniform(0.05, 0.95, (4, 5, 3))
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    light = np.where(rgb <= 0.5, rgb**2 / 3, (np.exp((rgb - c) / a) + b) / 12)
+    lms = light @ np.array([[1688, 2146, 262], [683, 2951, 462], [99, 309, 3688]]).T / 4096
+    coded_lms = np.where(lms <= 1 / 12, np.sqrt(3 * lms), a * np.log(np.maximum(12 * lms - b, 1e-9)) + c)
+    planes = coded_lms @ np.array([[2048, 2048, 0], [3625, -7465, 3840], [9500, -9212, -288]]).T / 4096
+    assert np.abs(rgb_of_ictcp(*np.moveaxis(planes, -1, 0), hlg=True) - rgb).max() < 1e-4
 
 
 def test_highlights_of_hdr_are_not_cut_off(tmp_path: Path) -> None:

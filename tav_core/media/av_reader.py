@@ -15,6 +15,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from .container_crop import Crop, container_crop
+from .ictcp import rgb_of_ictcp
 
 # A text file with a video's name may be a playlist that names other files or addresses: only real containers
 # are opened, and only from the disk.
@@ -30,7 +31,7 @@ _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
 
 # Numbers of FFmpeg's enumerations (ITU-T H.273).
-UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020 = 2, 1, 6, 8, 9
+UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020, ICTCP = 2, 1, 6, 8, 9, 14
 PQ, HLG, LINEAR = 16, 18, 8
 WIDE_PRIMARIES = (BT2020, 11, 12)  # DCI-P3, Display P3
 # Matrix -> its number in swscale. BT.601 for all others, as swscale has it.
@@ -152,7 +153,7 @@ class _Picture:
     def needs_signal(self) -> bool:
         """Tell whether its colours need more than swscale does."""
         special = self.transfer in (PQ, HLG, LINEAR) or self.primaries in WIDE_PRIMARIES
-        return special or (self.matrix == YCGCO and not self.frame.format.is_rgb)
+        return special or (self.matrix in (YCGCO, ICTCP) and not self.frame.format.is_rgb)
 
     @property
     def is_plain(self) -> bool:
@@ -204,7 +205,7 @@ class _Picture:
         return pixels
 
     def _signal(self) -> np.ndarray:
-        if self.matrix != YCGCO or self.frame.format.is_rgb:
+        if self.matrix not in (YCGCO, ICTCP) or self.frame.format.is_rgb:
             return self._rgb("rgb48le")
         whole = self.frame.reformat(  # one matrix for both: the planes keep their meaning
             format="yuv444p16le",
@@ -218,6 +219,8 @@ class _Picture:
             np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width] / 256 for plane in whole.planes
         ]
         luma, green, orange = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
+        if self.matrix == ICTCP:
+            return (rgb_of_ictcp(luma, green, orange, self.transfer == HLG) * 65535).round().astype(np.uint16)
         rest = luma - green
         return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 1) * 65535).round().astype(np.uint16)
 
