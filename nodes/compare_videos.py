@@ -60,9 +60,11 @@ class CompareVideos(io.ComfyNode):
         edit_3: Any = None,
         edit_4: Any = None,
     ) -> io.NodeOutput:
-        """Place the clips. Raises Refusal for clips of different sizes."""
+        """Place the clips. Raises Refusal for clips of different sizes, and for what is no clip."""
         given = {"source": source, "edit 1": edit_1, "edit 2": edit_2, "edit 3": edit_3, "edit 4": edit_4}
         clips = [(name, frames) for name, frames in given.items() if frames is not None]
+        for name, frames in clips:
+            pictures.check_frames(name, frames)
         lines = [line if line.strip() else None for line in captions.splitlines()]
         captioned = [(line or name, frames) for (name, frames), line in zip_longest(clips, lines[: len(clips)])]
         video = pictures.side_by_side(captioned)

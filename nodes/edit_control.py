@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tav_core import host
 from ..tav_core.control.blend import frame_masks
 from ..tav_core.control.settings import LAYERS, PRESETS, Control, at_strength
-from ..tav_core.media.pictures import shaded
+from ..tav_core.media.pictures import check_frames, check_mask, shaded
 from ..tav_core.pipeline import controlled, guider
 from .support.limits import within_limits
 from .support.memory import memory_explained
@@ -115,7 +115,7 @@ class EditControl(io.ComfyNode):
         layers: str = _PRESETS_OWN,
         attention_in_mask: str = _PRESETS_OWN,
     ) -> io.NodeOutput:
-        """Check the widgets only; the mask is held against the clip when it is sampled."""
+        """Check widgets and mask; the mask is held against the clip when it is sampled."""
         levers = {
             "self_share": self_share,
             "cross_share": cross_share,
@@ -131,6 +131,7 @@ class EditControl(io.ComfyNode):
             changes["layers"] = layers
         if attention_in_mask != _PRESETS_OWN:
             changes["free_inside"] = attention_in_mask == _IN_MASK[1]
+        mask = None if mask is None else check_mask(mask)
         control = replace(PRESETS[preset], mask=mask, threshold=threshold, **changes)
         return io.NodeOutput(at_strength(control, strength))
 
@@ -213,6 +214,7 @@ class ShowMask(io.ComfyNode):
     @memory_explained("images", "Use fewer frames or a smaller size.")
     def execute(cls, images: Tensor, mask: Tensor) -> io.NodeOutput:
         """Refuses a mask of another number of frames (ValueError)."""
+        check_frames("images", images)
         return io.NodeOutput(shaded(images, mask))
 
 

@@ -138,6 +138,7 @@ def sample(
             control = None
     start, noise = latent, None
     if noise_mask is not None:
+        noise_mask = noise_mask.float()  # the host scales it, which booleans and halves cannot be everywhere
         start, noise = _clip_and_noise(model, latent, clip, float(sigmas[0]))
     edited = host.run_sampler(
         model,

@@ -5,6 +5,7 @@ Clips are made here with ffmpeg, whose zscale filter converts colours independen
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -14,9 +15,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.media.clip import Clip, load_clip
 from tune_a_video.tav_core.media.encode import save_clip
+from tune_a_video.tav_core.media.ictcp import rgb_of_ictcp
 
 COLOURS = [
     (0, 185, 0),
@@ -112,6 +116,23 @@ def test_hdr_is_shown_as_sdr(tmp_path: Path, transfer: str, codec: str) -> None:
         filters += ",setparams=color_primaries=unknown:colorspace=unknown"
     path = coded(tmp_path / ("a.webm" if codec == "vp9" else "a.mov"), patches(), filters, *options)
     assert furthest(shown_patches(load_clip(path, resize="keep"))) <= 14
+
+
+def test_hdr_whose_matrix_is_ictcp(tmp_path: Path) -> None:
+    filters = "zscale=rin=pc:pin=709:tin=709:p=2020:t=smpte2084:m=ictcp:r=tv,format=yuv444p12le"
+    path = coded(tmp_path / "a.mp4", patches(), filters, "-c:v", "libx265", "-x265-params", "lossless=1:log-level=none")
+    assert furthest(shown_patches(load_clip(path, resize="keep"))) <= 14
+
+
+def test_ictcp_of_hlg_as_bt2100_defines_it() -> None:
+    """zscale applies HLG's gamma to L, M and S, which the standard does not: the forward way is written out here."""
+    rgb = np.random.default_rng(0).uniform(0.05, 0.95, (4, 5, 3))
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    light = np.where(rgb <= 0.5, rgb**2 / 3, (np.exp((rgb - c) / a) + b) / 12)
+    lms = light @ np.array([[1688, 2146, 262], [683, 2951, 462], [99, 309, 3688]]).T / 4096
+    coded_lms = np.where(lms <= 1 / 12, np.sqrt(3 * lms), a * np.log(np.maximum(12 * lms - b, 1e-9)) + c)
+    planes = coded_lms @ np.array([[2048, 2048, 0], [3625, -7465, 3840], [9500, -9212, -288]]).T / 4096
+    assert np.abs(rgb_of_ictcp(*np.moveaxis(planes, -1, 0), hlg=True) - rgb).max() < 1e-4
 
 
 def test_highlights_of_hdr_are_not_cut_off(tmp_path: Path) -> None:
@@ -238,6 +259,43 @@ def test_what_the_codec_crops_is_not_shown(tmp_path: Path) -> None:
     image = load_clip(path, resize="keep").images[0]
     assert image.shape[:2] == (64, 96) and quarters(image) == "rgbx"
     assert (image - by_player(path, (96, 64))).abs().mean() < 0.02
+
+
+def with_aperture(plain: Path, path: Path, width: int, height: int, right: int, down: int) -> Path:
+    """The mp4 with a clean aperture, which no option of ffmpeg sets; it lies off the centre by (right, down)."""
+    data = plain.read_bytes()
+    aperture = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
+    ends = []
+    at = 0
+    for name, header in [
+        *((each, 8) for each in (b"moov", b"trak", b"mdia", b"minf", b"stbl")),
+        (b"stsd", 16),
+        (b"avc1", 86),
+    ]:
+        at = data.index(name, at) - 4
+        ends.append(at)
+        at += header
+    inner = ends[-1] + int.from_bytes(data[ends[-1] : ends[-1] + 4], "big")
+    longer = bytearray(data[:inner] + aperture + data[inner:])
+    for at in ends:
+        longer[at : at + 4] = (int.from_bytes(longer[at : at + 4], "big") + len(aperture)).to_bytes(4, "big")
+    path.write_bytes(longer)
+    return path
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "b.mov", "b.mkv"])
+@pytest.mark.parametrize("turn", ["0", "90"])
+def test_what_the_container_cuts_off_is_not_shown(tmp_path: Path, name: str, turn: str) -> None:
+    frame = np.zeros((96, 128, 3), np.uint8)
+    frame[8:72, 24:120] = corners(96, 64)
+    plain = coded(tmp_path / "a.mp4", frame, "null", *X264)
+    cut = with_aperture(plain, tmp_path / "cut.mp4", 96, 64, 8, -8)
+    path = tmp_path / name
+    ffmpeg("-display_rotation", turn, "-i", cut, "-c", "copy", path)
+    image = load_clip(path, resize="keep").images[0]
+    size = (96, 64) if turn == "0" else (64, 96)
+    assert (image.shape[1], image.shape[0]) == size and quarters(image) == ("rgbx" if turn == "0" else "gxrb")
+    assert (image - by_player(path, size)).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.webm", "a.avi"])
@@ -399,6 +457,62 @@ def test_sound_and_pictures_stay_together_where_pictures_start_late(tmp_path: Pa
     assert loud.min() in (9, 10) and loud.max() in (11, 12)
 
 
+PICTURE_DELAYS = (100, 200, 50, 40, 10, 10, 20, 300)  # milliseconds
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.apng"])
+def test_animated_pictures_play_as_in_a_browser(tmp_path: Path, name: str) -> None:
+    """Which shows pictures that are to last 10 ms or less for 100 ms."""
+    path = tmp_path / name
+    frames = [Image.fromarray(np.full((48, 64, 3), 20 * number, np.uint8)) for number in range(8)]
+    frames[0].save(
+        path,
+        "GIF" if name == "a.gif" else "PNG",
+        save_all=True,
+        append_images=frames[1:],
+        duration=list(PICTURE_DELAYS),
+    )
+    shown = [0.1 if delay <= 10 else delay / 1000 for delay in PICTURE_DELAYS]
+    for first, count in [(0, 8), (0, 2), (2, 2), (4, 2), (6, 2)]:
+        clip = load_clip(path, first, "frames", count, 1, 64, 48)
+        assert len(clip.images) / clip.fps == pytest.approx(sum(shown[first : first + count]), abs=2e-3)
+        greys = (clip.images.mean((1, 2, 3)) * 255).tolist()
+        assert greys == pytest.approx([20 * number for number in range(first, first + count)], abs=3)
+
+
+def test_webp_is_told_how_to_be_read(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.webp")
+    with pytest.raises(Refusal, match=r"^file: 'a.webp' is a WebP picture.*Convert it to mp4"):
+        load_clip(tmp_path / "a.webp")
+
+
+# --- tracks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["b.mkv", "b.mp4"])
+def test_of_several_tracks_the_default_ones_are_taken(tmp_path: Path, name: str) -> None:
+    pictures = [
+        coded(tmp_path / f"{number}.mp4", np.full((48, 64, 3), grey, np.uint8), "null", *X264, count=10)
+        for number, grey in enumerate((60, 200))
+    ]
+    tones = [["-f", "lavfi", "-i", f"aevalsrc='{volume}*sin(880*PI*t)':d=2"] for volume in (0.1, 0.5)]
+    path = tmp_path / name
+    for default in (0, 1):
+        marks_of = [
+            option
+            for kind in "va"
+            for number in (0, 1)
+            for option in (f"-disposition:{kind}:{number}", "default" if number == default else "0")
+        ]
+        maps = ["-map", "0:v", "-map", "1:v", "-map", "2:a", "-map", "3:a"]
+        ffmpeg("-i", pictures[0], "-i", pictures[1], *tones[0], *tones[1], *maps, "-c:v", "copy", *marks_of, path)
+        clip = load_clip(path, 0, "frames", 0, 1, 64, 48)
+        assert float(clip.images.mean()) * 255 == pytest.approx((60, 200)[default], abs=3)
+        assert clip.audio is not None
+        volume = float(clip.audio["waveform"].square().mean().sqrt()) * 2**0.5
+        assert volume == pytest.approx((0.1, 0.5)[default], abs=0.05)
+
+
 # --- sound ---------------------------------------------------------------------------------------
 
 SOUNDS = {
@@ -505,13 +619,30 @@ def test_any_sound_is_saved_and_comes_back_in_time(tmp_path: Path, name: str, ch
         Lazy(None),
         {"waveform": torch.zeros(1, 2, 0), "sample_rate": 44100},
         {"waveform": torch.zeros(0, 2, 9), "sample_rate": 8},
+        {"waveform": None, "sample_rate": None},
     ],
-    ids=["lazy, without sound", "no samples", "no batch"],
+    ids=["lazy, without sound", "no samples", "no batch", "nothing in it"],
 )
 def test_sound_that_is_none_is_left_out(tmp_path: Path, audio: dict) -> None:
     save_clip(torch.rand(4, 64, 64, 3), 8, tmp_path / "a.mp4", audio=audio)
     clip = load_clip(tmp_path / "a.mp4", frame_count=0, width=64, height=64)
     assert len(clip.images) == 4 and clip.audio is None
+
+
+@pytest.mark.parametrize("kind", ["numpy", "text and numbers", "integers"])
+def test_sound_in_other_packs_types_is_saved_as_loud_as_it_is(tmp_path: Path, kind: str) -> None:
+    sound = tone(2, 48000)
+    heard, rate = sound["waveform"], sound["sample_rate"]
+    given = {
+        "numpy": {"waveform": heard.numpy(), "sample_rate": np.int64(rate)},
+        "text and numbers": {"waveform": heard, "sample_rate": torch.tensor(rate)},
+        "integers": {"waveform": (heard * 32767).short(), "sample_rate": str(rate)},
+    }[kind]
+    save_clip(torch.rand(16, 64, 64, 3), 8, tmp_path / "a.webm", audio=given)
+    audio = load_clip(tmp_path / "a.webm", frame_count=0, width=64, height=64).audio
+    assert audio is not None and audio["waveform"].shape[1] == 2
+    middle = audio["waveform"][..., int(0.6 * audio["sample_rate"]) : int(0.9 * audio["sample_rate"])]
+    assert float(middle.square().mean().sqrt()) == pytest.approx(0.4 / 2**0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])

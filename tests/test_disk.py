@@ -184,8 +184,9 @@ def test_room_and_rights_are_asked_of_the_folder_that_is_there(
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "the folder cannot be written to"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "the folder cannot be written to"),
+        (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), "the folder cannot be written to"),
     ],
-    ids=["ENOSPC", "EDQUOT", "safetensors", "EROFS", "EACCES"],
+    ids=["ENOSPC", "EDQUOT", "safetensors", "EROFS", "EACCES", "ENOTDIR"],
 )
 def test_what_the_system_says_of_a_disk_is_said_with_a_remedy(
     nodes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.evaluation import optical_flow
 from tune_a_video.tav_core.media import pictures
 
@@ -119,3 +120,42 @@ def test_three_flows_serve_the_table_and_the_verdict(nodes: Any, monkeypatch: py
     frames = torch.rand(4, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     nodes.EvaluateVideo.execute(frames, frames.flip(0))
     assert sum(pairs) == 3 * optical_flow._ITERATIONS * (len(frames) - 1)
+
+
+def test_alpha_of_one_of_two_videos_is_not_compared(nodes: Any) -> None:
+    with_alpha = torch.cat([red(3), torch.rand(3, 32, 32, 1)], -1)
+    same = nodes.EvaluateVideo.execute(with_alpha, red(3))
+    assert same.result[0] == nodes.EvaluateVideo.execute(red(3), red(3)).result[0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (torch.zeros(3, 32, 32, 1), "shape .* is not that of frames"),
+        (torch.zeros(32, 32, 3), "shape .* is not that of frames"),
+        (torch.zeros(0, 32, 32, 3), "shape .* is not that of frames"),
+        (torch.full((3, 32, 32, 3), float("nan")), "holds NaN"),
+    ],
+    ids=["one channel", "one picture", "no frames", "NaN"],
+)
+def test_what_is_no_clip_is_refused(nodes: Any, frames: Tensor, message: str) -> None:
+    with pytest.raises(Refusal, match=f"^edited: .*{message}"):
+        nodes.EvaluateVideo.execute(red(3), frames)
+    with pytest.raises(Refusal, match=f"^edit 1: .*{message}"):
+        nodes.CompareVideos.execute(red(3), frames)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [(torch.ones(1, 0, 0), "is empty"), (torch.full((1, 32, 32), float("nan")), "not finite")]
+)
+def test_masks_that_are_none_are_refused(nodes: Any, mask: Tensor, message: str) -> None:
+    from tune_a_video.nodes.edit_control import EditControl, ShowMask
+
+    with pytest.raises(Refusal, match=f"^mask: .*{message}"):
+        nodes.EvaluateVideo.execute(red(3), red(3), mask=mask)
+    with pytest.raises(Refusal, match=f"^mask: .*{message}"):
+        ShowMask.execute(red(3), mask)
+    with pytest.raises(Refusal, match=f"^mask: .*{message}"):
+        EditControl.execute("object", 1.0, mask)
+    half = (torch.arange(32) < 16).expand(32, 32)  # one mask without its batch axis
+    assert torch.equal(ShowMask.execute(red(3), half).result[0][:, :, :16], red(3)[:, :, :16])

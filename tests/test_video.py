@@ -710,6 +710,8 @@ def _with(value: float) -> Tensor:
         ({"images": torch.zeros(0, 16, 16, 3)}, r"images: shape \[0, 16, 16, 3\]"),
         ({"images": torch.zeros(4, 16, 16, 1)}, r"images: shape \[4, 16, 16, 1\]"),
         ({"images": torch.zeros(1, 4, 16, 16, 3)}, r"images: shape \[1, 4, 16, 16, 3\]"),
+        ({"images": torch.zeros(1, 8, 17000, 3)}, "images: frames of 17000x8 pixels are larger than mp4"),
+        ({"images": torch.zeros(1, 17000, 8, 3), "path": "a.gif"}, "images: frames of 8x17000 pixels"),
         ({"fps": 0.0}, "fps: 0"),
         ({"fps": -8.0}, "fps: -8"),
         ({"fps": float("nan")}, "fps: nan"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.motion.file import Motion
 from tune_a_video.tav_core.temporal import initial_temporal
@@ -115,3 +116,39 @@ def test_a_clip_far_below_the_familys_size_is_named(
     monkeypatch.setattr("tune_a_video.tav_core.host.inputs.family", lambda model: family)
     host.warn_of_small_clip(inflated(), torch.zeros(2, 4, side, side))
     assert (f"the clip is {8 * side} x {8 * side}, and {family} was trained at" in caplog.text) == warned
+
+
+def test_half_precision_latents_are_walked_in_float32() -> None:
+    """Hosts with --fp16-intermediates encode in fp16."""
+    inverted = invert(inflated(), samples=CLIP.half())["samples"]
+    assert inverted.dtype == torch.float32
+    assert torch.allclose(inverted, invert(inflated())["samples"], atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 0), (1, 1, 0, 64), (64,)])
+def test_an_empty_noise_mask_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(Refusal, match="^latent: its noise mask is empty"):
+        pack_nodes.DDIMInvert.execute(inflated(), {"samples": CLIP, "noise_mask": torch.ones(shape)}, PROMPT, 2)
+
+
+def test_a_noise_mask_of_booleans_is_taken() -> None:
+    inverted = {**invert(inflated()), "noise_mask": torch.arange(64).reshape(1, 1, 1, 64).expand(1, 1, 64, 64) < 32}
+    edited = first(pack_nodes.TAVSample.execute(inflated(), PROMPT, PROMPT, inverted, 5, 3.0, 0.0, 0))["samples"]
+    assert torch.equal(edited[..., 5:], CLIP[..., 5:]) and not torch.allclose(edited[..., :3], CLIP[..., :3], atol=0.1)
+
+
+@pytest.mark.parametrize("pooled", ["missing", None, (1, 768)])
+def test_a_missing_pooled_embedding_is_named_before_any_step(pooled: Any) -> None:
+    model = build_model({**UNETS["tiny-sdxl"], "adm_in_channels": 2816})
+    options = {} if pooled == "missing" else {"pooled_output": pooled and torch.zeros(pooled)}
+    with pytest.raises(Refusal, match="^conditioning: .* needs a pooled text embedding .*CLIP Text Encode"):
+        pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, [[PROMPT[0][0], options]], 2)
+    whole = [[PROMPT[0][0], {"pooled_output": torch.zeros(1, 1280)}]]
+    assert "samples" in first(pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, whole, 2))
+
+
+def test_what_a_checkpoint_does_not_have_is_named() -> None:
+    with pytest.raises(Refusal, match="^model: there is none"):
+        pack_nodes.InflateUNet.execute(None, "sparse-causal", "over frames", 1.0, 1.0)
+    with pytest.raises(Refusal, match="^clip: the checkpoint has none. Connect Load CLIP"):
+        pack_nodes.EditPrompt.execute(None, "a cat", "a dog", "empty prompt")

@@ -109,7 +109,7 @@ def build_model(
         base = comfy.model_base.SDXL if config.unet_config.get("adm_in_channels") else comfy.model_base.BaseModel
         model = _with_own_adm(base)(config, kind, device="cpu")
         if weights is None:
-            _randomize(model.diffusion_model, seed)
+            randomize(model.diffusion_model, seed)
         else:
             cast = {k: v if operations else v.to(dtype) for k, v in weights.items()}
             model.diffusion_model.load_state_dict(cast)
@@ -131,7 +131,7 @@ def _with_own_adm(base: type) -> type:
     return Small
 
 
-def _randomize(unet: torch.nn.Module, seed: int) -> None:
+def randomize(unet: torch.nn.Module, seed: int) -> None:
     """Draw weights in place, one layer at a time, so that a large UNet is never held twice."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in unet.state_dict().items():

@@ -26,7 +26,7 @@ _WINDOWS = os.name == "nt"
 # A few seconds of video need this much; a disk with less counts as full.
 LEAST_ROOM = 32 * 2**20
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def check_prefix(prefix: str, root: str, example: str) -> None:

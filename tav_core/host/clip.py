@@ -58,8 +58,10 @@ def encode_edit(
     """Return the clip's sentence, the edit's and a negative one as CONDITIONING; the first two know their words.
 
     ``goes``, ``new``: words of the clip's and of the edit's sentence that change, "" for those that only one of them
-    has. Raises Refusal for named words that are not in their sentence.
+    has. Raises Refusal for named words that are not in their sentence, and for a checkpoint without a CLIP.
     """
+    if clip is None:
+        raise Refusal("clip", "the checkpoint has none", "Connect Load CLIP with the text model of the model's family.")
     words = [_words(clip, text) for text in (source, edit)]
     gone, added, pairs = aligned(*words)
     for name, text, sentence, found in (("words_that_go", goes, words[0], gone), ("new_words", new, words[1], added)):

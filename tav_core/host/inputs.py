@@ -19,7 +19,10 @@ PIXELS_PER_LATENT = 8
 
 
 def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
-    """Return the samples of a LATENT, [frames, c, h, w]. Raises ValueError if they don't suit the model."""
+    """Return the samples of a LATENT, [frames, c, h, w] float32. Raises ValueError if they don't suit the model.
+
+    Hosts with --fp16-intermediates encode in half precision, in which a walk over noise levels overflows.
+    """
     samples = latent["samples"]
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4:
@@ -44,6 +47,8 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
             "Encode the clip again, with the VAE in fp32 if it was fp16.",
         )
     mask = latent.get("noise_mask")
+    if mask is not None and (mask.ndim < 2 or 0 in mask.shape[-2:]):
+        raise Refusal("latent", f"its noise mask is empty, its shape is {list(mask.shape)}", "Draw it again.")
     if mask is not None and not torch.isfinite(mask).all():
         raise Refusal("latent", "its noise mask holds values that are not finite (NaN or infinity)", "Draw it again.")
     # The host would repeat masks for another number of frames in turn.
@@ -54,7 +59,7 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
             f"its noise mask has {masks} frames, the clip has {len(samples)}",
             "Give Set Latent Noise Mask one mask for all frames, or one for each.",
         )
-    return samples
+    return samples.float()
 
 
 def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
@@ -85,6 +90,27 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"it holds {embedding.shape[0]} text embeddings for {frames} frames",
                 "Give one prompt for all frames, or one per frame.",
             )
+        if not _takes_pooled(model, options):
+            found = "none" if pooled is None else f"one of shape {list(pooled.shape)}"
+            raise Refusal(
+                name,
+                f"{family(model)} needs a pooled text embedding beside the text's own, and here is {found}",
+                "Connect a CLIP Text Encode node with the CLIP of the model's own checkpoint.",
+            )
+
+
+def _takes_pooled(model: ModelPatcher, options: Mapping[str, Any]) -> bool:
+    """Say whether the model can make its vector conditioning (SDXL's) of a CONDITIONING's options, if it has one."""
+    channels = getattr(model.model, "adm_channels", 0)
+    if not channels or "unclip_conditioning" in options:  # which needs no text, and the model's own device
+        return True
+    noise = torch.zeros(1, model.get_model_object("latent_format").latent_channels, 8, 8)
+    values = {"width": 64, "height": 64, "seed": 0, **options, "noise": noise, "device": "cpu"}
+    try:
+        made = model.model.encode_adm(**values)
+    except (KeyError, AttributeError, RuntimeError, IndexError, TypeError):
+        return False
+    return made is None or made.shape[-1] == channels
 
 
 def warn_of_small_clip(model: ModelPatcher, samples: Tensor) -> None:

@@ -54,6 +54,8 @@ class ModelPatcher(Protocol):
 
 def unet_of(model: ModelPatcher) -> torch.nn.Module:
     """Return the UNet of a MODEL. Raises ValueError for models without one (DiT, video models, audio models)."""
+    if model is None:  # a loader found none in its file
+        raise Refusal("model", "there is none", "Load a checkpoint that has a UNet: SD 1.x, 2.x or SDXL.")
     unet = getattr(model.model, "diffusion_model", None) or torch.nn.Module()
     if not unet_parts.transformer_blocks(unet) or not unet_parts.pooled_norms(unet):
         raise Refusal(

@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..errors import Refusal
 from .model import Conditioning, ModelPatcher
 
 # Multiple of the host's estimate for evaluating the model on the same clip.
@@ -62,7 +63,10 @@ def latents_in(model: ModelPatcher, latents: Tensor) -> Tensor:
 
 
 def unet_conditions(model: ModelPatcher, conditioning: Conditioning, x0: Tensor, dtype: torch.dtype) -> UNetConditions:
-    """Convert a CONDITIONING of one prompt for clean latents ``x0`` of ``latents_in``."""
+    """Convert a CONDITIONING of one prompt for clean latents ``x0`` of ``latents_in``.
+
+    Raises Refusal for a UNet that takes more channels than the host gives it.
+    """
     device, frames = model.load_device, x0.shape[0]
     conds = comfy.sampler_helpers.convert_cond(conditioning)
     conds = comfy.samplers.encode_model_conds(
@@ -70,11 +74,21 @@ def unet_conditions(model: ModelPatcher, conditioning: Conditioning, x0: Tensor,
     )[0]["model_conds"]
 
     def ready(value: Tensor) -> Tensor:
-        return value.detach().clone().to(device, dtype)
+        value = value.detach().clone().to(device)
+        return value.to(dtype) if value.is_floating_point() else value  # class labels are indices
 
     per_frame = {
         key: ready(cond.process_cond(batch_size=frames, device=device, area=None).cond)
         for key, cond in conds.items()
         if key != "c_crossattn"
     }
-    return UNetConditions(ready(conds["c_crossattn"].cond), per_frame, per_frame.pop("c_concat", None))
+    concat = per_frame.pop("c_concat", None)
+    given = x0.shape[1] + (0 if concat is None else concat.shape[1])
+    taken = getattr(model.model.diffusion_model, "in_channels", given)
+    if given != taken:
+        raise Refusal(
+            "model",
+            f"its UNet takes {taken} channels, and latent and conditioning give {given}",
+            "Load a model that takes the clip alone: SD 1.x, 2.x or SDXL, or one of their inpainting models.",
+        )
+    return UNetConditions(ready(conds["c_crossattn"].cond), per_frame, concat)

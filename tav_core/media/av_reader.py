@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -14,12 +14,16 @@ import av.logging
 import numpy as np
 from av.error import FFmpegError
 
+from .container_crop import Crop, container_crop
+from .ictcp import rgb_of_ictcp
+
 # A text file with a video's name may be a playlist that names other files or addresses: only real containers
 # are opened, and only from the disk.
-CONTAINERS = "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg"
+CONTAINERS = "apng,asf,avi,flv,gif,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg"
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 _CUT_SHORT = ("partial file", "ended prematurely")
+_DEFAULT = 0x1  # AV_DISPOSITION_DEFAULT
 _COVERS = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, AV_DISPOSITION_TIMED_THUMBNAILS
 _THREADS = 4
 _FIRST_PACKETS = 100  # that may pass before the first frame
@@ -27,7 +31,7 @@ _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
 
 # Numbers of FFmpeg's enumerations (ITU-T H.273).
-UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020 = 2, 1, 6, 8, 9
+UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020, ICTCP = 2, 1, 6, 8, 9, 14
 PQ, HLG, LINEAR = 16, 18, 8
 WIDE_PRIMARIES = (BT2020, 11, 12)  # DCI-P3, Display P3
 # Matrix -> its number in swscale. BT.601 for all others, as swscale has it.
@@ -46,9 +50,14 @@ def _open(path: str) -> Any:
 
 
 def _picture_stream(container: Any) -> Any:
-    """Return the first video stream that is no cover and has a decoder, or None."""
-    streams = [each for each in container.streams.video if not each.disposition.value & _COVERS]
-    return streams[0] if streams else None
+    """Return the video stream that a player takes, no cover, or None."""
+    return _played([each for each in container.streams.video if not each.disposition.value & _COVERS])
+
+
+def _played(streams: Sequence[Any]) -> Any:
+    """Return the first stream that the file marks as its default one, else the first, or None."""
+    marked = [each for each in streams if each.disposition.value & _DEFAULT]
+    return next(iter([*marked, *streams]), None)
 
 
 def _prepare(context: Any, threads: int) -> None:
@@ -94,7 +103,8 @@ def _described(path: str, stream: Any, container: Any) -> dict[str, Any]:
     plain, begin = False, None
     with suppress(FFmpegError, ValueError):
         picture, frame = _first_picture(path)
-        first, plain, begin = picture.header, picture.is_plain, frame.pts
+        # decord would choose between several streams by itself.
+        first, plain, begin = picture.header, picture.is_plain and len(container.streams.video) == 1, frame.pts
     return {
         "first": first,
         "plain": plain,
@@ -112,14 +122,20 @@ def _first_picture(path: str) -> tuple[_Picture, Any]:
         for packet in islice(container.demux(stream), _FIRST_PACKETS):
             with suppress(FFmpegError):
                 for frame in packet.decode():
-                    return _Picture(frame, stream), frame
+                    return _Picture(frame, stream, _crop(path, stream)), frame
     raise ValueError("no frame can be decoded")
+
+
+def _crop(path: str, stream: Any) -> Crop | None:
+    videos = stream.container.streams.video
+    number = [each.index for each in videos].index(stream.index)
+    return container_crop(path, stream.container.format.name, stream.id, number, (stream.width, stream.height))
 
 
 class _Picture:
     """The properties that decide how a frame is shown: size, shape, position and colours."""
 
-    def __init__(self, frame: Any, stream: Any) -> None:
+    def __init__(self, frame: Any, stream: Any, crop: Crop | None) -> None:
         self.frame, context = frame, stream.codec_context
         self.coded_width = context.coded_width
         self.matrix, self.primaries, self.transfer = _colours(frame, context)
@@ -129,6 +145,7 @@ class _Picture:
         self.turned = abs(b) > abs(a)
         self.flipped = (c < 0, b < 0) if self.turned else (a < 0, d < 0)  # horizontally, vertically
         same_size = (frame.width, frame.height) == (stream.width, stream.height)
+        self.crop = crop if crop and same_size else (0, 0, 0, 0)
         aspect = float((stream if same_size else context).sample_aspect_ratio or 1)
         self.aspect = aspect if 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT else 1.0
 
@@ -136,21 +153,23 @@ class _Picture:
     def needs_signal(self) -> bool:
         """Tell whether its colours need more than swscale does."""
         special = self.transfer in (PQ, HLG, LINEAR) or self.primaries in WIDE_PRIMARIES
-        return special or (self.matrix == YCGCO and not self.frame.format.is_rgb)
+        return special or (self.matrix in (YCGCO, ICTCP) and not self.frame.format.is_rgb)
 
     @property
     def is_plain(self) -> bool:
         """Tell whether an older FFmpeg, which decord brings, shows it alike."""
         tagged = self.frame.format.is_rgb or self.frame.colorspace == self.matrix or self.matrix == SMPTE170M
         upright = not self.turned and not any(self.flipped)
-        whole = self.coded_width == self.frame.width  # it crops on the left to multiples of 16 or so
+        # It crops on the left to multiples of 16 or so, and not what the container cuts off.
+        whole = self.coded_width == self.frame.width and not any(self.crop)
         bits = max(component.bits for component in self.frame.format.components)
         return tagged and upright and whole and self.aspect == 1 and not self.needs_signal and bits == 8
 
     @property
     def header(self) -> dict[str, Any]:
         """Return its size in pixels, the size that it is shown at, and for 16 bits its colours' tags."""
-        size = [self.frame.width, self.frame.height]
+        left, top, right, bottom = self.crop
+        size = [self.frame.width - left - right, self.frame.height - top - bottom]
         shown = [max(1, round(size[0] * self.aspect)), size[1]]
         if self.turned:
             size, shown = size[::-1], shown[::-1]
@@ -161,6 +180,8 @@ class _Picture:
     def pixels(self) -> np.ndarray:
         """Return it upright [h, w, 3]: uint8 as it is shown, or uint16 as it is coded where colours need more."""
         pixels = self._signal() if self.needs_signal else self._rgb("rgb24")
+        left, top, right, bottom = self.crop
+        pixels = pixels[top : len(pixels) - bottom, left : pixels.shape[1] - right]
         if self.turned:
             pixels = pixels.transpose(1, 0, 2)
         horizontally, vertically = self.flipped
@@ -184,7 +205,7 @@ class _Picture:
         return pixels
 
     def _signal(self) -> np.ndarray:
-        if self.matrix != YCGCO or self.frame.format.is_rgb:
+        if self.matrix not in (YCGCO, ICTCP) or self.frame.format.is_rgb:
             return self._rgb("rgb48le")
         whole = self.frame.reformat(  # one matrix for both: the planes keep their meaning
             format="yuv444p16le",
@@ -198,6 +219,8 @@ class _Picture:
             np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width] / 256 for plane in whole.planes
         ]
         luma, green, orange = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
+        if self.matrix == ICTCP:
+            return (rgb_of_ictcp(luma, green, orange, self.transfer == HLG) * 65535).round().astype(np.uint16)
         rest = luma - green
         return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 1) * 65535).round().astype(np.uint16)
 
@@ -232,6 +255,7 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
     left = set(wanted)
     with _open(path) as container:
         stream = _picture_stream(container)
+        crop = _crop(path, stream)
         _prepare(stream.codec_context, _THREADS)
         if seek is not None:
             container.seek(seek, stream=stream)
@@ -239,7 +263,7 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
             place = frame.pts if timed else number
             if place in left:
                 left.remove(place)
-                picture = _Picture(frame, stream)
+                picture = _Picture(frame, stream, crop)
                 pixels = np.ascontiguousarray(picture.pixels)
                 yield picture.header, pixels.data.cast("B")
             if not left:
@@ -247,7 +271,7 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
 
 
 def sound(path: str, start: float, duration: float) -> Results:
-    """Yield once the first audio stream from ``start`` for ``duration`` seconds, float32 [channels, samples].
+    """Yield once a player's audio stream from ``start`` for ``duration`` seconds, float32 [channels, samples].
 
     ``start`` counts from the beginning of the file. Gaps are silent. Nothing is yielded for a span without sound.
     Raises ValueError if nothing can be decoded.
@@ -259,7 +283,7 @@ def sound(path: str, start: float, duration: float) -> Results:
                 container.seek(round((begin - _PREROLL) * av.time_base))
         whole = _Waveform(begin, duration)
         reason = ""
-        for packet in container.demux(container.streams.audio[0]):
+        for packet in container.demux(_played(container.streams.audio)):
             try:
                 decoded = packet.decode()
             except FFmpegError as error:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import Refusal
 from .decode import Progress
 from .process import last_line
+from .select import MAX_SIDE
 from .sound import Audio
 
 FORMATS = ("mp4", "webm", "gif")
@@ -112,6 +113,9 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
         reason = f"shape {list(images.shape)} is not that of frames [count, height, width, 3]"
         raise Refusal("images", reason, "Connect an IMAGE.")
+    if max(images.shape[1:3]) > MAX_SIDE:
+        reason = f"frames of {images.shape[2]}x{images.shape[1]} pixels are larger than {kind} and Load Video take"
+        raise Refusal("images", reason, f"Scale them to at most {MAX_SIDE} a side.")
     if not isfinite(fps) or fps < 0.01:
         raise Refusal("fps", f"{fps} frames a second cannot be played", "Give 0.01 or more.")
     if kind == "gif" and fps > 50:
@@ -130,20 +134,22 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
 def _waveform(audio: Audio, name: str) -> tuple[Tensor, int] | None:
     """Return an AUDIO's sound [channels, samples] and its rate, None where it has none. Raises Refusal for no sound."""
     try:
-        waveform, rate = audio["waveform"], audio["sample_rate"]
+        waveform, rate = torch.as_tensor(audio["waveform"]), float(audio["sample_rate"])
     except Exception as error:  # other packs' mappings read a file when they are asked, which may have no sound
         logging.warning("%s: its sound cannot be read and is left out (%s)", name, error)
         return None
-    shape = list(getattr(waveform, "shape", []))
+    shape = list(waveform.shape)
     if len(shape) == 3 and 0 in shape:
         return None
     if len(shape) != 3 or not rate >= 1 or not torch.isfinite(waveform).all():
         raise Refusal(
             "audio",
-            f"a waveform of shape {shape} at {rate} Hz is not sound [1, channels, samples] without NaN",
+            f"a waveform of shape {shape} at {rate:g} Hz is not sound [1, channels, samples] without NaN",
             "Connect another AUDIO, or none.",
         )
     heard = waveform[0].detach().float().cpu()
+    if not waveform.is_floating_point():  # as files have it, where the host has -1 to 1
+        heard = heard / -float(torch.iinfo(waveform.dtype).min)
     if len(heard) > _MOST_CHANNELS:  # more than formats have names for
         heard = heard.mean(0, keepdim=True)
     return heard, round(rate)

@@ -189,16 +189,39 @@ def _fitted(frame: Tensor, side: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
+def check_frames(name: str, frames: Tensor) -> None:
+    """Refuse an IMAGE that holds no frames [frames, h, w, 3 or 4]. ``name``: the input's, for the message."""
+    if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or 0 in frames.shape:
+        reason = f"shape {list(frames.shape)} is not that of frames [count, height, width, 3]"
+        raise Refusal(name, reason, "Connect an IMAGE.")
+    if not torch.isfinite(frames).all():
+        raise Refusal(
+            name,
+            "it holds NaN or infinite values",
+            "Look at the nodes before this one (a VAE in fp16 is the usual cause: start the host with --fp32-vae).",
+        )
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """Return a MASK as [masks, h, w], float. Raises Refusal for one that is empty or not finite."""
+    if mask.ndim < 2 or 0 in mask.shape:
+        raise Refusal("mask", f"it is empty, its shape is {list(mask.shape)}", "Draw it again.")
+    if not torch.isfinite(mask).all():
+        raise Refusal("mask", "it holds values that are not finite (NaN or infinity)", "Draw it again.")
+    return mask.reshape(-1, *mask.shape[-2:]).float()
+
+
 def shaded(images: Tensor, mask: Tensor) -> Tensor:
     """Return frames [frames, h, w, 3] dark and grey outside a MASK [1 or frames, h', w'].
 
     Raises Refusal for a mask of another number of frames.
     """
+    mask = check_mask(mask)
     if len(mask) not in (1, len(images)):
         raise Refusal(
             "mask", f"it has {len(mask)} frames, the clip has {len(images)}", "Give one for all, or one each."
         )
-    inside = torch.nn.functional.interpolate(mask[:, None].float(), images.shape[1:3])[:, 0, :, :, None].to(images)
+    inside = torch.nn.functional.interpolate(mask[:, None], images.shape[1:3])[:, 0, :, :, None].to(images)
     return torch.lerp(images.mean(-1, keepdim=True) / 3, images, inside)
 
 

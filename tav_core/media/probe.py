@@ -18,10 +18,12 @@ MAX_FRAMES = 1_000_000  # of a clip; a few bytes of header can announce billions
 # File extensions of the containers that are read (``av_reader.CONTAINERS``); web/js/upload.js repeats them.
 EXTENSIONS = tuple(
     f".{name}"
-    for name in "3g2 3gp asf avi divx f4v flv gif m1v m2t m2ts m2v m4v mk3d mkv mov mp4 mpeg mpg mts mxf ogm ogv qt ts"
-    " vob webm wmv".split()
+    for name in "3g2 3gp apng asf avi divx f4v flv gif m1v m2t m2ts m2v m4v mk3d mkv mov mp4 mpeg mpg mts mxf ogm ogv"
+    " qt ts vob webm wmv".split()
 )
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
+# Browsers show pictures of gif and apng that are to last 10 ms or less for 100 ms.
+_TOO_SHORT, _INSTEAD = 0.0105, 0.1  # seconds
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 
 
@@ -84,11 +86,11 @@ def probe(path: str | Path) -> VideoInfo:
     except (CannotReadError, StopIteration) as error:
         if str(error).startswith(("ModuleNotFoundError", "ImportError")):
             raise RuntimeError(f"PyAV cannot be used ({error}). Install ComfyUI's requirements again.") from None
-        raise _not_a_video(name) from None
+        raise _not_a_video(full) from None
     if not found["picture"] and found["sound"]:
         raise Refusal("file", f"'{name}' holds sound but no video", "Choose a file with a video track.")
     if not found["picture"]:
-        raise _not_a_video(name)
+        raise _not_a_video(full)
     packets = np.frombuffer(table, np.int64).reshape(-1, 4)
     if len(packets) > MAX_FRAMES:
         raise Refusal("file", f"'{name}' has more than {MAX_FRAMES} frames", "Cut out the part you need first.")
@@ -110,7 +112,11 @@ def probe(path: str | Path) -> VideoInfo:
         )
     tick = found["unit"][0] / found["unit"][1]
     timed = bool((np.diff(shown[:, 0]) > 0).all())
-    if timed:
+    if timed and found["container"] in ("gif", "apng") and (shown[:, 2] * tick <= _TOO_SHORT).any():
+        ends = np.where(shown[:, 2] * tick <= _TOO_SHORT, _INSTEAD, shown[:, 2] * tick).cumsum().tolist()
+        times, end = [0.0, *ends[:-1]], ends[-1]
+        fps = len(times) / end
+    elif timed:
         times = [(int(pts) - found["origin"]) * found["unit"][0] / found["unit"][1] for pts in shown[:, 0]]
         fps = frame_rate(found["rate"], times)
         end = times[-1] + (int(shown[-1, 2]) * tick or 1 / fps)
@@ -146,7 +152,12 @@ def _shown(packets: np.ndarray, begin: int | None) -> np.ndarray:
     return distinct if len(distinct) > 0.9 * len(shown) else shown
 
 
-def _not_a_video(name: str) -> Refusal:
+def _not_a_video(path: str) -> Refusal:
+    name = os.path.basename(path)
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[:4] + head[8:] == b"RIFFWEBP":
+        return Refusal("file", f"'{name}' is a WebP picture, which cannot be read", "Convert it to mp4, gif or apng.")
     reason = f"'{name}' cannot be opened: it is no video, or it is truncated"
     return Refusal("file", reason, "Upload it again, or choose another file.")
 

@@ -20,7 +20,7 @@ Audio = dict[str, Any]  # the host's AUDIO: waveform [1, channels, samples] floa
 
 
 def read_audio(info: VideoInfo, start: float, duration: float) -> Audio | None:
-    """Return the first audio track from ``start`` for ``duration`` seconds, silent where it has a gap.
+    """Return the audio track that a player takes from ``start`` for ``duration`` seconds, silent where it has a gap.
 
     None if the track has no sound in that span, or cannot be decoded (which is logged, not raised).
     """

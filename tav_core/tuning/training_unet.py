@@ -99,10 +99,18 @@ class TrainingUNet:
 
         x, concat = noisy.to(self.dtype), self.conditions.concat
         if concat is not None:
-            x = torch.cat([x, rows(concat)[..., : x.shape[-2], : x.shape[-1]]], dim=1)
+            x = torch.cat([x, _as_large(rows(concat), x)], dim=1)
         t = torch.full((count,), float(timestep), device=self.device)
         extra = {key: rows(value) for key, value in self.conditions.extra.items()}
         return self.module(x, t, context=rows(self.conditions.context), transformer_options={}, **extra).float()
+
+
+def _as_large(concat: Tensor, x: Tensor) -> Tensor:
+    """Cut channels to add to x to its size; those of a clip smaller than the memory's probes begin again."""
+    for dim in (-2, -1):
+        index = torch.arange(x.shape[dim], device=concat.device) % concat.shape[dim]
+        concat = concat.index_select(dim, index) if x.shape[dim] != concat.shape[dim] else concat
+    return concat
 
 
 def can_scale_gradients(device: torch.device) -> bool:

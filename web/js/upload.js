@@ -3,8 +3,8 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
-const EXTENSIONS = (".3g2 .3gp .asf .avi .divx .f4v .flv .gif .m1v .m2t .m2ts .m2v .m4v .mk3d .mkv .mov .mp4 .mpeg .mpg"
-    + " .mts .mxf .ogm .ogv .qt .ts .vob .webm .wmv").split(" ");
+const EXTENSIONS = (".3g2 .3gp .apng .asf .avi .divx .f4v .flv .gif .m1v .m2t .m2ts .m2v .m4v .mk3d .mkv .mov .mp4 .mpeg"
+    + " .mpg .mts .mxf .ogm .ogv .qt .ts .vob .webm .wmv").split(" ");
 
 function isClip(file) {
     return file.type.startsWith("video/") || EXTENSIONS.some((end) => file.name.toLowerCase().endsWith(end));
