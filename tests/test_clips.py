@@ -629,7 +629,7 @@ def test_sound_that_is_none_is_left_out(tmp_path: Path, audio: dict) -> None:
     assert len(clip.images) == 4 and clip.audio is None
 
 
-@pytest.mark.parametrize("kind", ["numpy", "text and numbers", "integers"])
+@pytest.mark.parametrize("kind", ["numpy", "text and numbers", "integers", "unsigned bytes"])
 def test_sound_in_other_packs_types_is_saved_as_loud_as_it_is(tmp_path: Path, kind: str) -> None:
     sound = tone(2, 48000)
     heard, rate = sound["waveform"], sound["sample_rate"]
@@ -637,6 +637,7 @@ def test_sound_in_other_packs_types_is_saved_as_loud_as_it_is(tmp_path: Path, ki
         "numpy": {"waveform": heard.numpy(), "sample_rate": np.int64(rate)},
         "text and numbers": {"waveform": heard, "sample_rate": torch.tensor(rate)},
         "integers": {"waveform": (heard * 32767).short(), "sample_rate": str(rate)},
+        "unsigned bytes": {"waveform": (heard * 127 + 128).byte(), "sample_rate": rate},
     }[kind]
     save_clip(torch.rand(16, 64, 64, 3), 8, tmp_path / "a.webm", audio=given)
     audio = load_clip(tmp_path / "a.webm", frame_count=0, width=64, height=64).audio

@@ -149,7 +149,9 @@ def _waveform(audio: Audio, name: str) -> tuple[Tensor, int] | None:
         )
     heard = waveform[0].detach().float().cpu()
     if not waveform.is_floating_point():  # as files have it, where the host has -1 to 1
-        heard = heard / -float(torch.iinfo(waveform.dtype).min)
+        info = torch.iinfo(waveform.dtype)
+        middle = (info.max + info.min + 1) / 2
+        heard = (heard - middle) / (info.max + 1 - middle)
     if len(heard) > _MOST_CHANNELS:  # more than formats have names for
         heard = heard.mean(0, keepdim=True)
     return heard, round(rate)
