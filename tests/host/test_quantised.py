@@ -53,11 +53,17 @@ FAMILIES = {"fp8": as_fp8, "scaled fp8": as_scaled_file, "gguf": as_packed} | {
 }
 
 
+def file_of(family, name):
+    """Each family has files of its own: the host keeps what it has loaded by the file's name."""
+    return f"{family} {name}"
+
+
 def loaded(graph, family, name):
+    file = file_of(family, name)
     if family == "gguf" and name == STORED:
-        return graph.add("ProbePackedUNet", unet_name=name, secret=False)[0]
+        return graph.add("ProbePackedUNet", unet_name=file, secret=False)[0]
     dtype = "fp8_e4m3fn" if family == "fp8" and name == STORED else "default"
-    return graph.add("UNETLoader", unet_name=name, weight_dtype=dtype)[0]
+    return graph.add("UNETLoader", unet_name=file, weight_dtype=dtype)[0]
 
 
 def job(graph, family, name, clip):
@@ -76,8 +82,7 @@ def test_the_job_is_that_of_the_dequantised_checkpoint(server, family):
     weights = tiny_checkpoint.unet_weights(tiny_checkpoint.SD1_SHALLOW, seed=6)
     folder = server.models_folder("diffusion_models")
     for name, kind in zip((STORED, MEANT), FAMILIES[family](weights), strict=True):
-        tiny_checkpoint.save(kind, folder / name)
-    server.post("/free", {"unload_models": True, "free_memory": True})
+        tiny_checkpoint.save(kind, folder / file_of(family, name))
     graph = Graph()
     clip = checkpoint(graph).clip
     noise, edit, untuned, *meant = server.latents(
