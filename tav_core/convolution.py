@@ -1,8 +1,9 @@
-"""Convolutions on the CPU by the kernel that is fastest for their shape.
+"""Convolutions on the CPU by the kernel that is fastest for their shape, and their gradients.
 
 The library's convolution first copies its weights into an order of its own. Over few positions that takes longer than
-the products themselves, and one matrix product over unfolded patches is several times as fast. Over many positions, in
-bfloat16 on processors with matrix units (AMX), it is faster with channels last.
+the products themselves, and one matrix product over unfolded patches is several times as fast. Over more positions,
+Winograd's filtering takes fewer products in float32; and in bfloat16, on processors with matrix units (AMX), the
+library's is faster with channels last.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from . import winograd
+
 # One product is faster up to this many output channels a position, since unfolding takes time for each position and
 # copying weights for each output channel (measured with 8 and 16 frames of 1x1 to 16x16, 320 to 2560 channels).
 _CHANNELS_A_POSITION = 5
+# Winograd's filtering saves more than its transformations take from this many positions and channels on, both in and
+# out, and where its tiles of 2x2 results have little beyond the border (measured with 1 to 16 frames of 4x4 to 64x64,
+# 32 to 1280 channels).
+_WINOGRAD_POSITIONS = 128
+_WINOGRAD_CHANNELS = 256
+_WINOGRAD_SIDE = 4
 # Channels last pays from this many positions an output channel on: the weights are copied into that order, too.
 _POSITIONS_A_CHANNEL = 4
 # How much faster channels last has to be in the probe: a tie must not fall one way today and another tomorrow.
@@ -31,14 +40,42 @@ def conv2d(
 
     ``may_reorder``: the result may come with channels last, where a probe of this machine prefers it.
     """
-    if is_product(x, module):
+    if _is_winograd(x, module):
+        return winograd.conv3x3(x, weight, bias)
+    if _is_product(x, module):
         return _product(x, module, weight, bias)
     if may_reorder and _is_faster_with_channels_last(x, module):
         x = x.contiguous(memory_format=torch.channels_last)
     return module._conv_forward(x, weight, bias)
 
 
-def is_product(x: Tensor, module: torch.nn.Conv2d) -> bool:
+def input_gradient(grad: Tensor, x: Tensor, module: torch.nn.Conv2d, weight: Tensor) -> Tensor:
+    """Return the gradient of ``conv2d``'s x [f, c, h, w] from that of its result; of x the shape alone is read."""
+    m = module
+    if _is_winograd(x, m):
+        return winograd.input_gradient(grad, weight)
+    if _is_product(x, m):
+        patches = rearrange(grad, "f c h w -> (f h w) c") @ weight.flatten(1)
+        patches = rearrange(patches, "(f n) c -> f c n", f=len(x))
+        return F.fold(patches, x.shape[2:], m.kernel_size, m.dilation, m.padding, m.stride)  # type: ignore[arg-type]
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
+    )
+    return dx
+
+
+def _is_winograd(x: Tensor, m: torch.nn.Conv2d) -> bool:
+    """Say whether a convolution of x [f, c, h, w] is faster by Winograd's filtering."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _is_plain(m):
+        return False
+    if not (m.kernel_size == (3, 3) and m.stride == m.padding == m.dilation == (1, 1)):
+        return False
+    if min(m.in_channels, m.out_channels) < _WINOGRAD_CHANNELS or min(x.shape[2:]) < _WINOGRAD_SIDE:
+        return False
+    return _positions(x, m) >= _WINOGRAD_POSITIONS
+
+
+def _is_product(x: Tensor, module: torch.nn.Conv2d) -> bool:
     """Say whether a convolution of x [f, c, h, w] is faster as one matrix product over unfolded patches."""
     if x.device.type != "cpu" or not _is_plain(module):
         return False

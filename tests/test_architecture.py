@@ -20,9 +20,10 @@ FLOORS = (
         "tav_core.out_of_memory",
         "tav_core.attention",
         "tav_core.norm",
-        "tav_core.convolution",
+        "tav_core.winograd",
         "tav_core.schedule",
     ),
+    ("tav_core.convolution",),
     ("tav_core.unet", "tav_core.invert", "tav_core.sample"),
     ("tav_core.temporal",),
     ("tav_core.inflate",),
@@ -36,7 +37,7 @@ PURE = (
     "tav_core.tuning.memory_plan",
     "tav_core.attention",
     "tav_core.norm",
-    "tav_core.convolution",
+    "tav_core.winograd",
     "tav_core.schedule",
 )
 

@@ -25,7 +25,7 @@ from ..unet import Parts, Tree, parts_of
 from .controlled import control_of
 from .lend import WeightAndBias, lent
 from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
-from .on_cpu import cpu_forwards
+from .on_cpu import cpu_forwards, with_fused_attention
 from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames, window_frames
 
@@ -264,9 +264,12 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
     if hasattr(model, "add_wrapper_with_key"):
         # Around apply_model, not around the UNet's forward: so the swaps also enclose a compiled UNet.
         def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-            given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-            with inflated(executor.class_obj, given["x"], given.get("transformer_options", {})):
-                return executor(*args, **kwargs)
+            given = inspect.signature(executor.original).bind(*args, **kwargs)
+            x, options = given.arguments["x"], given.arguments.get("transformer_options", {})
+            if x.device.type == "cpu":
+                given.arguments["transformer_options"] = with_fused_attention(options)
+            with inflated(executor.class_obj, x, options):
+                return executor(*given.args, **given.kwargs)
 
         fitted: Any = WeakIdKeyDictionary()
 

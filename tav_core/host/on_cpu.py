@@ -1,6 +1,6 @@
-"""Forwards that make an inflated evaluation faster on the CPU: its convolutions, and the text's keys and values.
+"""What makes an inflated evaluation faster on the CPU: its convolutions, the text's keys and values, its attention.
 
-On graphics cards neither is worth its while, and comparing texts would wait for the device.
+On graphics cards none is worth its while, and comparing texts would wait for the device.
 """
 
 from __future__ import annotations
@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
+import comfy.ldm.modules.attention
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 
 from ..convolution import conv2d
 from ..inflate import Evaluation, Forward, Swap, own_forward
 from .lend import lent
 from .stored import is_coarse
+
+# The host's name for a function that stands in for its attention; hosts before it ignore it.
+_OVERRIDE = "optimized_attention_override"
 
 
 def cpu_forwards(unet: torch.nn.Module, blocks: Mapping[str, Any], evaluation: Evaluation) -> list[Swap]:
@@ -28,6 +33,24 @@ def cpu_forwards(unet: torch.nn.Module, blocks: Mapping[str, Any], evaluation: E
     crossed = [projection for block in blocks.values() for projection in (block.attn2.to_k, block.attn2.to_v)]
     layers += [(projection, _of_text(projection, texts)) for projection in crossed]
     return [(layer, forward) for layer, forward in layers if own_forward(layer) is None and not is_coarse(layer)]
+
+
+def with_fused_attention(transformer_options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return options under which the host's attention keeps no scores; the same ones where somebody chose another.
+
+    Without a choice the host takes its sub-quadratic attention on the CPU, which writes scores out. PyTorch's kernel
+    gives the same but for rounding.
+    """
+    attention = comfy.ldm.modules.attention
+    chosen = _OVERRIDE in transformer_options or getattr(args, "use_quad_cross_attention", False)
+    if chosen or attention.optimized_attention is not getattr(attention, "attention_sub_quad", None):
+        return transformer_options
+    return {**transformer_options, _OVERRIDE: _fused}
+
+
+def _fused(replaced: Forward, *args: Any, **options: Any) -> Tensor:
+    out: Tensor = comfy.ldm.modules.attention.attention_pytorch(*args, **options)
+    return out
 
 
 def _convolution(layer: torch.nn.Conv2d) -> Forward:

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from ..convolution import conv2d, is_product
+from ..convolution import conv2d, input_gradient
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 # Lends a layer's weight and bias in the dtype and on the device of the given tensor.
@@ -48,18 +47,10 @@ class _FrozenConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        m, shape = ctx.module, ctx.shape
         with ctx.lend(grad) as (weight, _):
             # Only the shape of the input enters its gradient.
-            x = grad.new_empty(1).expand(shape)
-            if is_product(x, m):
-                patches = rearrange(grad, "f c h w -> (f h w) c") @ weight.flatten(1)
-                patches = rearrange(patches, "(f n) c -> f c n", f=shape[0])
-                return F.fold(patches, shape[2:], m.kernel_size, m.dilation, m.padding, m.stride), None, None
-            dx, _, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
-            )
-            return dx, None, None
+            x = grad.new_empty(1).expand(ctx.shape)
+            return input_gradient(grad, x, ctx.module, weight), None, None
 
 
 class _GatedGelu(torch.autograd.Function):
