@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, default=tiny_sd.WEIGHTS, help="file of the demo's model")
     parser.add_argument("--compare", choices=list(COMPARISONS), default="ablations")
     parser.add_argument("--choose", action="store_true", help="choose settings on clips that are not held out")
-    parser.add_argument("--on", choices=["held out", "first", "all"], help="clips; default: held out")
+    parser.add_argument("--on", choices=["held out", "first", "all"], help="clips; default: held out, of a length all")
     parser.add_argument("--clips", type=int, default=len(CLIPS), help="at most this many")
     parser.add_argument("--edits", type=int, default=len(KINDS), help="kinds of edits of each clip, at most this many")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="; ".join(KINDS))
@@ -205,8 +205,10 @@ def run(
         plan = quick_plan(weights, output)
     else:
         methods = COMPARISONS[compare]
+        long = compare == "length"
+        chosen = _clips(on or ("all" if long else "held out"), clips, frames, study.LEAST_LONG if long else 0)
         plan = Plan(
-            _clips(on or "held out", clips, frames), methods, Settings(**settings), weights, output,
+            chosen, methods, Settings(**settings), weights, output,
             tuple(kinds), edits, seeds,
         )  # fmt: skip
     if broken:
@@ -260,8 +262,10 @@ def figures(plan: Plan, claimed: Sequence[verdicts.Claim], measures: Sequence[st
     }
 
 
-def _clips(on: str, most: int, frames: int) -> tuple[Clip, ...]:
+def _clips(on: str, most: int, frames: int, least: int = 0) -> tuple[Clip, ...]:
+    """Choose at most ``most`` clips of at least ``least`` frames, and thin them to at most ``frames``."""
     chosen = [clip for clip in CLIPS if on == "all" or clip.held_out == (on == "held out")]
+    chosen = [clip for clip in chosen if len(clip.scenes) >= least]
     return tuple(clip.thinned(frames) for clip in chosen[:most])
 
 

@@ -44,7 +44,8 @@ class Method(NamedTuple):
     ``fresh``: share of the variance of the inverted noise that is drawn anew, another one for each frame.
     ``control``: what the edit keeps of the clip; it needs the inversion. ``negative``: sentence that guidance leads
     away from. ``guidance``: its scale, None for that of the settings. ``kinds``: the kinds of edits that it is meant
-    for, none for all.
+    for, none for all. ``tuned_on``: "all" frames in every step; "windows" of a quarter of them, another one each step
+    (One-Shot Tune's frames_per_step); "spaced": a quarter of the frames, evenly spaced, and never another one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Method(NamedTuple):
     negative: Literal["empty", "source"] = "empty"
     guidance: float | None = None
     kinds: tuple[str, ...] = ()
+    tuned_on: Literal["all", "windows", "spaced"] = "all"
 
     @property
     def seeded(self) -> bool:
@@ -110,12 +112,20 @@ INJECTED = (
 _OTHER_MODES: tuple[SpatialMode, ...] = tuple(mode for mode in SPATIAL_MODES if mode != Inflation().attention)
 HALF_FRESH = Method("half fresh", fresh=0.5), Method("half fresh, per frame", _PER_FRAME, fresh=0.5)
 ATTENTION = (*(Method(mode, Inflation(attention=mode)) for mode in _OTHER_MODES), *HALF_FRESH)
+# How a clip too long for every step is tuned.
+LENGTHS = (
+    Method("tuned in windows of a quarter", tuned_on="windows"),
+    Method("tuned on a quarter, evenly spaced", tuned_on="spaced"),
+)
+# A clip of fewer frames is not long: a quarter of it has no motion left.
+LEAST_LONG = 16
 COMPARISONS = {
     "ablations": METHODS,
     "levers": (FULL, *LEVERS),
     "control": (FULL, METHODS[1], *CONTROLLED, *INJECTED),
     "presets": (FULL, *CONTROLLED),
     "attention": (FULL, *ATTENTION),
+    "length": (FULL, *LENGTHS),
 }
 
 # Measure -> whether a larger or a smaller value is better.
@@ -194,17 +204,17 @@ def edited_videos(
     images = clip.images()
     latent = vae.encode(images)
     source = tiny_sd.encode(text, clip.prompt)
-    motions: dict[Inflation, Motion] = {}
-    inversions: dict[tuple[Inflation | None, bool], tuple[Tensor, Trajectory]] = {}
+    motions: dict[tuple[Inflation, str], Motion] = {}
+    inversions: dict[tuple[Inflation | None, str | None], tuple[Tensor, Trajectory]] = {}
     for method, edits in wanted:
         started = time.process_time()
         ready = model
         if method.inflation is not None:
-            if method.tuned and method.inflation not in motions:
-                tuning = TuneSettings(steps=settings.tune_steps, learning_rate=settings.learning_rate, seed=seed)
-                motions[method.inflation], _ = pipeline.tune(model, latent, source, tuning, method.inflation)
-            ready = host.inflate_model(model, method.inflation, motions[method.inflation] if method.tuned else None)
-        route = method.inflation, method.tuned
+            tuning = method.inflation, method.tuned_on
+            if method.tuned and tuning not in motions:
+                motions[tuning] = _tuned(model, latent, source, method, settings, seed)
+            ready = host.inflate_model(model, method.inflation, motions[tuning] if method.tuned else None)
+        route = method.inflation, method.tuned_on if method.tuned else None
         if method.inverted and route not in inversions:
             inversions[route] = pipeline.invert_and_keep(ready, latent, source, settings.ddim_steps)
         inverted, trajectory = inversions[route] if method.inverted else (torch.zeros_like(latent), None)
@@ -222,6 +232,21 @@ def edited_videos(
                 frames = composited(images, frames, control.mask)
             yield Edited(method, edit, frames, time.process_time() - started)
             started = time.process_time()
+
+
+def _tuned(model: Any, latent: Tensor, source: Any, method: Method, settings: Settings, seed: int) -> Motion:
+    """Tune on a clip's latent [frames, c, h, w] in the way of a method that has an inflation."""
+    quarter = max(2, len(latent) // 4)
+    if method.tuned_on == "spaced":
+        latent = latent[torch.linspace(0, len(latent) - 1, quarter).round().long()]
+    tuning = TuneSettings(
+        steps=settings.tune_steps,
+        learning_rate=settings.learning_rate,
+        seed=seed,
+        frames_per_step=quarter if method.tuned_on == "windows" else 0,
+    )
+    assert method.inflation is not None
+    return pipeline.tune(model, latent, source, tuning, method.inflation)[0]
 
 
 def _with_fresh_noise(model: Any, inverted: Tensor, share: float, steps: int, seed: int) -> Tensor:

@@ -396,10 +396,18 @@ def test_every_comparison_has_one_name_for_each_way_of_editing() -> None:
     assert {name for kinds in study.PRESET_KINDS.values() for name in kinds} < set(clips.KINDS)
 
 
+def test_the_comparison_of_lengths_is_of_long_clips() -> None:
+    chosen = ablation._clips("all", 99, 64, study.LEAST_LONG)
+    assert len(chosen) >= 4 and min(len(clip.scenes) for clip in chosen) >= study.LEAST_LONG
+
+
 @pytest.mark.comfyui
 def test_every_way_of_editing_runs_on_the_demos_model() -> None:
-    """With as few steps as possible: the weights decide whether the edits are good, not whether they are made."""
-    clip = CLIPS["line"].thinned(2)
+    """With as few steps as possible: the weights decide whether the edits are good, not whether they are made.
+
+    Of four frames a window or a choice of two is another clip.
+    """
+    clip = CLIPS["line"].thinned(4)
     methods = {each.recipe: each for methods in study.COMPARISONS.values() for each in methods}.values()
     by_kind = {edit.kind: edit for edit in clips.edits(clip)}
     wanted = [(method, [by_kind[(*method.kinds, "object, plain")[0]]]) for method in methods]

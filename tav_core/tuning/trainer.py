@@ -294,8 +294,8 @@ class Trainer:
         """Return the values that decide a run's result beside tensors; PyTorch's version, since its kernels do too."""
         unet = self.unet
         compute = [str(unet.dtype), unet.device.type, unet.prediction, torch.__version__]
-        # No step depends on how many follow: a run of more steps resumes from the end of a shorter one.
-        # No step depends on how many follow. States that were written before there were windows and ranks resume.
+        # No step depends on how many follow: a run of more steps resumes from the end of a shorter one. States that
+        # were written before there were windows and ranks resume.
         settings = {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "frames_per_step", "rank")}
         if self._window is not None:
             settings["frames_per_step"] = self._window
