@@ -334,6 +334,24 @@ def test_a_size_that_changes_midway(tmp_path: Path, name: str, resize: str) -> N
         assert start == 0 or resize not in ("fit", "keep") or images.shape[1:3] == (96, 64)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_shape_of_pixels_that_changes_midway(tmp_path: Path, codec: str) -> None:
+    """As where a broadcast goes from 4:3 to 16:9."""
+    parts = []
+    for number, aspect in enumerate(["4/3", "16/9"]):
+        options = ["-c:v", codec, "-pix_fmt", "yuv420p", "-qp" if codec == "libx264" else "-q:v", "2", "-bf", "0"]
+        part = coded(tmp_path / f"{number}.ts", corners(96, 96), f"setdar={aspect}", *options, count=10)
+        parts.append(part.read_bytes())
+    path = tmp_path / "a.ts"
+    path.write_bytes(b"".join(parts))
+    images = load_clip(path, 0, "frames", 0, 1, 128, 96, "crop to fill").images
+    # Four by three fills the whole; of sixteen by nine a quarter of the width is cut off.
+    assert [quarters(image) for image in images] == ["rgbx"] * 20
+    alone = [load_clip(tmp_path / f"{number}.ts", 0, "frames", 1, 1, 128, 96).images[0] for number in (0, 1)]
+    assert (images[5] - alone[0]).abs().mean() < 0.01
+    assert (images[15] - alone[1]).abs().mean() < 0.01
+
+
 # --- time ----------------------------------------------------------------------------------------
 
 
@@ -455,6 +473,50 @@ def test_sound_and_pictures_stay_together_where_pictures_start_late(tmp_path: Pa
     assert clip.audio is not None
     loud = (clip.audio["waveform"][0, 0].reshape(20, -1).abs().amax(-1) > 0.1).nonzero().flatten()
     assert loud.min() in (9, 10) and loud.max() in (11, 12)
+
+
+def joined(parts: list[Path], path: Path) -> Path:
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
+def test_recordings_put_one_after_the_other_play_so(tmp_path: Path, name: str) -> None:
+    """The second one's times begin anew, and between those of the first one's frames."""
+    codec = X264 if name == "a.ts" else ["-c:v", "mpeg2video", "-q:v", "2", "-bf", "2"]
+    parts = []
+    for number, (rate, beep) in enumerate([("25", 0.5), ("50", 0.3)]):
+        tone = rf"aevalsrc='if(between(t\,{beep}\,{beep}+0.1)\,0.5*sin(880*PI*t)\,0)':s=48000:d=1"
+        pictures = (marked(25, 96, 96) + 100 * number).tobytes()
+        parts.append(tmp_path / f"{number}{name}")
+        sound = ["-f", "lavfi", "-i", tone, "-shortest", "-c:a", "mp2"]
+        ffmpeg(*raw((96, 96), rate), *sound, *codec, parts[-1], stdin=pictures)
+    path = joined(parts, tmp_path / name)
+    whole = load_clip(path, 0, "frames", 0, 1, 96, 96)
+    found = (whole.images.mean((1, 2, 3)) * 255).tolist()
+    assert found == pytest.approx([*(4.0 * n for n in range(25)), *(100 + 4.0 * n for n in range(25))], abs=3)
+    assert len(whole.images) / whole.fps == pytest.approx(1.5, abs=0.05)
+    assert whole.audio is not None
+    loud = (whole.audio["waveform"][0, 0].abs() > 0.1).nonzero().flatten() / whole.audio["sample_rate"]
+    first, second = loud[loud < 1], loud[loud > 1]
+    assert (float(first.min()), float(second.max())) == pytest.approx((0.5, 1.4), abs=0.06)
+    part = load_clip(path, 20, "frames", 10, 1, 96, 96)
+    assert torch.equal(part.images, whole.images[20:30])
+    late = load_clip(path, 30, "frames", 20, 1, 96, 96)
+    assert torch.equal(late.images, whole.images[30:]) and late.audio is not None
+    loud = (late.audio["waveform"][0, 0].abs() > 0.1).nonzero().flatten() / late.audio["sample_rate"]
+    assert float(loud.min()) == pytest.approx(0.2, abs=0.06)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_frames_of_avi_that_are_stored_in_another_order(tmp_path: Path, codec: str) -> None:
+    """AVI stores no times of display, and a pyramid of B-frames is not to be guessed."""
+    path = tmp_path / "a.avi"
+    ffmpeg(*raw((64, 48), "20"), "-c:v", codec, "-bf", "3", "-q:v", "2", path, stdin=marked(40).tobytes())
+    for start, count, step in [(25, 5, 1), (3, 4, 3), (0, 40, 1)]:
+        clip = load_clip(path, start, "frames", count, step, 64, 48)
+        assert marks(clip.images) == list(range(start, start + count * step, step))
+        assert clip.fps == pytest.approx(20 / step)
 
 
 PICTURE_DELAYS = (100, 200, 50, 40, 10, 10, 20, 300)  # milliseconds

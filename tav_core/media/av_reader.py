@@ -29,6 +29,9 @@ _THREADS = 4
 _FIRST_PACKETS = 100  # that may pass before the first frame
 _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
+# Containers whose times may begin anew midway, as where recordings were put one after the other, and by how much they
+# jump there at least, back and either way. As FFmpeg's program has it.
+_JOINED, _BACK, _APART = ("mpeg", "mpegts"), 0.1, 10.0  # seconds
 
 # Numbers of FFmpeg's enumerations (ITU-T H.273).
 UNSPECIFIED, BT709, SMPTE170M, YCGCO, BT2020, ICTCP = 2, 1, 6, 8, 9, 14
@@ -77,17 +80,44 @@ def packets(path: str, most: int) -> Results:
             "picture": stream is not None,
         }
         table = array("q")
+        shifts: list[float] = []
         if stream is not None:
             # A decoder's threads must not log to Python, which would wait for them: here nothing is decoded.
             av.logging.set_level(av.logging.WARNING)
             with av.logging.Capture(local=False) as log, suppress(FFmpegError):  # the log says what
-                for packet in islice(container.demux(stream), most):
+                for packet in islice(_demuxed(container, stream, shifts), most):
                     if packet.size:
                         table.extend(_packet_row(packet))
             av.logging.set_level(None)
+            found["shifts"] = shifts
             found["cut"] = any(mark in line for _, _, line in log for mark in _CUT_SHORT)
             found |= _described(path, stream, container)
         yield found, table.tobytes()
+
+
+def _demuxed(container: Any, stream: Any, shifts: list[float] | None = None, known: bool = False) -> Iterator[Any]:
+    """Yield a stream's packets, with times that go on where those of the file begin anew.
+
+    ``shifts``: seconds added from each such place on; filled, or if ``known`` taken, so that sound follows its picture.
+    """
+    shifts = [] if shifts is None else shifts
+    joined, unit = container.format.name in _JOINED, stream.time_base
+    last: int | None = None
+    length, shift, jumps = 0, 0, 0
+    for packet in container.demux(stream):
+        if joined and packet.dts is not None:
+            step = 0.0 if last is None else float((packet.dts - last) * unit)
+            if last is not None and (step < -_BACK or abs(step) > _APART):
+                shift += last + length - packet.dts
+                if not known:
+                    shifts.append(float(shift * unit))
+                elif jumps < len(shifts):
+                    shift = round(shifts[jumps] / unit)
+                jumps += 1
+            last, length = packet.dts, packet.duration or 0
+            packet.dts += shift
+            packet.pts = None if packet.pts is None else packet.pts + shift
+        yield packet
 
 
 def _packet_row(packet: Any) -> tuple[int, int, int, int]:
@@ -111,6 +141,7 @@ def _described(path: str, stream: Any, container: Any) -> dict[str, Any]:
         "begin": begin,
         "rate": [rate.numerator, rate.denominator] if rate else None,
         "unit": [unit.numerator, unit.denominator],
+        "reordered": bool(context and context.has_b_frames),
         "origin": round((container.start_time or 0) / av.time_base / unit),
     }
 
@@ -146,7 +177,9 @@ class _Picture:
         self.flipped = (c < 0, b < 0) if self.turned else (a < 0, d < 0)  # horizontally, vertically
         same_size = (frame.width, frame.height) == (stream.width, stream.height)
         self.crop = crop if crop and same_size else (0, 0, 0, 0)
-        aspect = float((stream if same_size else context).sample_aspect_ratio or 1)
+        # Broadcasts change the shape of their pixels midway, which they state in the codec alone.
+        stated = stream if same_size and stream.container.format.name not in _JOINED else context
+        aspect = float(stated.sample_aspect_ratio or 1)
         self.aspect = aspect if 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT else 1.0
 
     @property
@@ -241,7 +274,7 @@ def _colours(frame: Any, context: Any) -> tuple[int, int, int]:
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """Yield the frames that can be decoded."""
     context = stream.codec_context
-    for packet in container.demux(stream):
+    for packet in _demuxed(container, stream):
         with suppress(FFmpegError):
             yield from context.decode(packet if packet.size else None)
 
@@ -270,20 +303,21 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
                 return
 
 
-def sound(path: str, start: float, duration: float) -> Results:
+def sound(path: str, start: float, duration: float, shifts: list[float]) -> Results:
     """Yield once a player's audio stream from ``start`` for ``duration`` seconds, float32 [channels, samples].
 
-    ``start`` counts from the beginning of the file. Gaps are silent. Nothing is yielded for a span without sound.
+    ``start`` counts from the beginning of the file; ``shifts``: of the picture's times, see ``_demuxed``. Gaps are
+    silent. Nothing is yielded for a span without sound.
     Raises ValueError if nothing can be decoded.
     """
     with _open(path) as container:
         begin = start + (container.start_time or 0) / av.time_base
-        if start > _PREROLL:
+        if start > _PREROLL and not shifts:
             with suppress(FFmpegError):  # else it is read from its beginning
                 container.seek(round((begin - _PREROLL) * av.time_base))
         whole = _Waveform(begin, duration)
         reason = ""
-        for packet in container.demux(_played(container.streams.audio)):
+        for packet in _demuxed(container, _played(container.streams.audio), shifts, known=True):
             try:
                 decoded = packet.decode()
             except FFmpegError as error:

@@ -34,8 +34,8 @@ class VideoInfo:
     ``width``, ``height``: pixels as displayed; ``fps``: mean frames a second; ``times``: seconds of each frame, in
     display order; ``end``: when the last one ends; ``tick``: seconds that times are rounded to; ``pts``: times in the
     file's unit, None if it has no usable ones; ``keys``: number and decoding time of each frame where decoding can
-    begin, empty if the container does not find them exactly; ``plain``: whether pictures need nothing but a conversion
-    to RGB.
+    begin, empty if the container does not find them exactly; ``shifts``: seconds added to times where those of the file
+    begin anew; ``plain``: whether pictures need nothing but a conversion to RGB.
     """
 
     path: str
@@ -48,6 +48,7 @@ class VideoInfo:
     pts: tuple[int, ...] | None
     keys: tuple[tuple[int, int], ...]
     has_audio: bool
+    shifts: tuple[float, ...]
     plain: bool
 
     @property
@@ -123,7 +124,12 @@ def probe(path: str | Path) -> VideoInfo:
     else:  # some containers store no usable times
         fps = frame_rate(found["rate"], [])
         times, end = [number / fps for number in range(len(shown))], len(shown) / fps
-    exact = timed and found["container"].startswith(("mov", "matroska"))
+    # AVI, and Matroska where it wraps AVI's codecs, store when frames are decoded: a decoder hands the times on with
+    # other frames than those that are shown then.
+    ordered = timed and not (
+        found["reordered"] and found["container"].startswith(("avi", "matroska")) and (np.diff(packets[:, 0]) > 0).all()
+    )
+    exact = ordered and found["container"].startswith(("mov", "matroska"))
     return VideoInfo(
         path=full,
         width=width,
@@ -132,9 +138,10 @@ def probe(path: str | Path) -> VideoInfo:
         times=tuple(times),
         end=end,
         tick=tick,
-        pts=tuple(shown[:, 0].tolist()) if timed else None,
+        pts=tuple(shown[:, 0].tolist()) if ordered else None,
         keys=tuple((int(key), int(shown[key, 1])) for key in np.flatnonzero(shown[:, 3] & KEY) if exact),
         has_audio=found["sound"],
+        shifts=tuple(found["shifts"]),
         plain=found["plain"],
     )
 

@@ -28,8 +28,9 @@ def read_audio(info: VideoInfo, start: float, duration: float) -> Audio | None:
         logging.warning("%s: %g seconds of sound do not fit in memory and are left out", info.name, duration)
         return None
     extra = round(duration * MOST_SOUND)
+    span = {"path": info.path, "start": start, "duration": duration, "shifts": info.shifts}
     try:
-        found = next(read("av", "sound", SOUND_LIMIT, extra, path=info.path, start=start, duration=duration), None)
+        found = next(read("av", "sound", SOUND_LIMIT, extra, **span), None)
     except TimeLimitError:
         logging.warning("%s: its sound could not be read in time and is left out", info.name)
         return None
