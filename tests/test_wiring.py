@@ -152,3 +152,42 @@ def test_what_a_checkpoint_does_not_have_is_named() -> None:
         pack_nodes.InflateUNet.execute(None, "sparse-causal", "over frames", 1.0, 1.0)
     with pytest.raises(Refusal, match="^clip: the checkpoint has none. Connect Load CLIP"):
         pack_nodes.EditPrompt.execute(None, "a cat", "a dog", "empty prompt")
+
+
+@pytest.mark.parametrize("latent", [None, {}, {"samples": None}, {"samples": [CLIP, CLIP]}])
+def test_a_latent_without_frames_is_named(latent: Any) -> None:
+    with pytest.raises(Refusal, match="^latent: it holds no frames. Encode"):
+        pack_nodes.DDIMInvert.execute(inflated(), latent, PROMPT, 2)
+
+
+def test_a_mask_of_other_values_than_zero_to_one_is_refused() -> None:
+    """As bytes have it; the host would multiply what lies under it."""
+    for mask in (255 * torch.ones(1, 8, 8), 255 * torch.ones(3, 8, 8, dtype=torch.uint8), -torch.ones(1, 8, 8)):
+        with pytest.raises(Refusal, match="^latent: its noise mask holds values from .*0..1"):
+            pack_nodes.DDIMInvert.execute(inflated(), {"samples": CLIP, "noise_mask": mask}, PROMPT, 2)
+    host.check_latent(inflated(), {"samples": CLIP, "noise_mask": 1.02 * torch.ones(1, 8, 8)})
+
+
+def ranges(*pairs: tuple[float, float]) -> list[Any]:
+    return [[PROMPT[0][0], {"start_percent": start, "end_percent": end}] for start, end in pairs]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "gap"),
+    [
+        ([(0.0, 0.5)], "0.5 to 1"),
+        ([(0.3, 1.0)], "0 to 0.3"),
+        ([(0.0, 0.4), (0.6, 1.0), (0.1, 0.2)], "0.4 to 0.6"),
+        ([(0.4, 1.0), (0.0, 0.4)], None),
+        ([(0.0, 0.5), (0.501, 1.0)], None),
+        ([(0.2, 0.3), (0.0, 1.0)], None),
+    ],
+)
+def test_timesteps_without_a_prompt_are_named(pairs: list[tuple[float, float]], gap: str | None) -> None:
+    """The host takes an empty picture for what the model predicts there."""
+    model = inflated()
+    if gap is None:
+        host.check_conditioning(model, "positive", ranges(*pairs), len(CLIP))
+    else:
+        with pytest.raises(Refusal, match=f"^positive: no prompt acts from {gap} of the way"):
+            pack_nodes.TAVSample.execute(model, ranges(*pairs), PROMPT, invert(model), 5, 3.0, 0.0, 0)

@@ -16,6 +16,8 @@ from .model import Conditioning, ModelPatcher, context_width, family
 # Side of the square that a family was trained at, in latent pixels.
 _NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
 PIXELS_PER_LATENT = 8
+_BEYOND = 0.1  # what resizing and sharpening leave of a mask outside 0..1
+_ONE_STEP = 0.02  # of fifty
 
 
 def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
@@ -23,7 +25,9 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
 
     Hosts with --fp16-intermediates encode in half precision, in which a walk over noise levels overflows.
     """
-    samples = latent["samples"]
+    samples = latent.get("samples") if isinstance(latent, Mapping) else None
+    if not isinstance(samples, Tensor):  # nothing, or video and sound in one
+        raise Refusal("latent", "it holds no frames", "Encode the frames with the VAE Encode node of an image model.")
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4:
         raise Refusal(
@@ -51,6 +55,12 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
         raise Refusal("latent", f"its noise mask is empty, its shape is {list(mask.shape)}", "Draw it again.")
     if mask is not None and not torch.isfinite(mask).all():
         raise Refusal("latent", "its noise mask holds values that are not finite (NaN or infinity)", "Draw it again.")
+    if mask is not None and not (-_BEYOND <= float(mask.min()) and float(mask.max()) <= 1 + _BEYOND):
+        raise Refusal(
+            "latent",
+            f"its noise mask holds values from {float(mask.min()):g} to {float(mask.max()):g}",
+            "A mask is 0 where the clip stays and 1 where it changes: scale its values to 0..1.",
+        )
     # The host would repeat masks for another number of frames in turn.
     masks = len(samples) if mask is None else mask.reshape(-1, *mask.shape[-2:]).shape[0]
     if masks not in (1, len(samples)):
@@ -90,6 +100,14 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"it holds {embedding.shape[0]} text embeddings for {frames} frames",
                 "Give one prompt for all frames, or one per frame.",
             )
+    if (gap := _range_without_prompt(conditioning)) is not None:
+        raise Refusal(
+            name,
+            f"no prompt acts from {gap[0]:g} to {gap[1]:g} of the way, where the model would make nothing",
+            "Let the ranges of Conditioning (Set Timestep Range) meet, or combine it with a prompt for the rest.",
+        )
+    for _, options in conditioning:
+        pooled = options.get("pooled_output")
         if not _takes_pooled(model, options):
             found = "none" if pooled is None else f"one of shape {list(pooled.shape)}"
             raise Refusal(
@@ -97,6 +115,16 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"{family(model)} needs a pooled text embedding beside the text's own, and here is {found}",
                 "Connect a CLIP Text Encode node with the CLIP of the model's own checkpoint.",
             )
+
+
+def _range_without_prompt(conditioning: Conditioning) -> tuple[float, float] | None:
+    """Return a part of the way, 0 to 1, in which no entry of a CONDITIONING acts; None if there is none."""
+    reached = 0.0
+    for start, end in sorted((o.get("start_percent", 0.0), o.get("end_percent", 1.0)) for _, o in conditioning):
+        if start > reached + _ONE_STEP:
+            return reached, start
+        reached = max(reached, end)
+    return (reached, 1.0) if reached < 1 - _ONE_STEP else None
 
 
 def _takes_pooled(model: ModelPatcher, options: Mapping[str, Any]) -> bool:
