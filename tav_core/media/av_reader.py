@@ -103,18 +103,21 @@ def _demuxed(container: Any, stream: Any, shifts: list[float] | None = None, kno
     shifts = [] if shifts is None else shifts
     joined, unit = container.format.name in _JOINED, stream.time_base
     last: int | None = None
-    length, shift, jumps = 0, 0, 0
+    end, length, shift, jumps = 0, 0, 0, 0  # end: of what is shown, as of pictures that are stored in another order
     for packet in container.demux(stream):
         if joined and packet.dts is not None:
             step = 0.0 if last is None else float((packet.dts - last) * unit)
+            begin = packet.dts if packet.pts is None else packet.pts
             if last is not None and (step < -_BACK or abs(step) > _APART):
-                shift += last + length - packet.dts
+                shift += max(last + length - packet.dts, end - begin)
                 if not known:
                     shifts.append(float(shift * unit))
                 elif jumps < len(shifts):
                     shift = round(shifts[jumps] / unit)
                 jumps += 1
+                end = begin
             last, length = packet.dts, packet.duration or 0
+            end = max(end, begin + length)
             packet.dts += shift
             packet.pts = None if packet.pts is None else packet.pts + shift
         yield packet
