@@ -193,7 +193,8 @@ def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if not is_fused(q, k, v):
+    # What is asked there cannot be compiled; compiled code takes PyTorch's choice.
+    if not torch.compiler.is_compiling() and not is_fused(q, k, v):
         return _SlicedAttention.apply(q, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         # The backward pass takes up to eight times as long in bfloat16 as in float32 on the CPU.
@@ -212,7 +213,8 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
     q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``. The kernels read each
     video where it lies; rows of all videos together would first have to be copied into their order.
     """
-    videos = zip(q.split(frames), k.split(frames), v.split(frames), strict=True)
+    # A list, since torch.compile cannot leave off and resume within a zip.
+    videos = list(zip(q.split(frames), k.split(frames), v.split(frames), strict=True))
     out = [_attend_over_frames(*video, heads) for video in videos]
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -222,7 +224,7 @@ def _attend_over_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (rearrange(x, "frames n (heads d) -> n heads frames d", heads=heads) for x in (q, k, v))
     step = _fused_rows(q.device)
     if len(q) > step:
-        parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
+        parts = list(zip(q.split(step), k.split(step), v.split(step), strict=True))
         out = torch.cat([_fused(*part) for part in parts])
     else:
         out = _fused(q, k, v)

@@ -191,3 +191,20 @@ def test_timesteps_without_a_prompt_are_named(pairs: list[tuple[float, float]], 
     else:
         with pytest.raises(Refusal, match=f"^positive: no prompt acts from {gap} of the way"):
             pack_nodes.TAVSample.execute(model, ranges(*pairs), PROMPT, invert(model), 5, 3.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("first", ["compiled", "inflated"])
+def test_a_compiled_model_with_temporal_layers(first: str) -> None:
+    """As TorchCompileModel sets it, before Inflate UNet or after it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    torch._dynamo.reset()
+    plain = inflated()
+    compiled = build_model(UNETS["tiny"]) if first == "compiled" else plain.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    if first == "compiled":
+        assert (record := host.inflation_of(plain)) is not None
+        compiled = host.inflate_model(compiled, Inflation(), record.motion)
+    inverted = invert(plain, 2)
+    ours, theirs = (sample(model, inverted, 2)["samples"] for model in (compiled, plain))
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
