@@ -193,6 +193,7 @@ def test_timesteps_without_a_prompt_are_named(pairs: list[tuple[float, float]], 
             pack_nodes.TAVSample.execute(model, ranges(*pairs), PROMPT, invert(model), 5, 3.0, 0.0, 0)
 
 
+@pytest.mark.comfyui
 @pytest.mark.parametrize("first", ["compiled", "inflated"])
 def test_a_compiled_model_with_temporal_layers(first: str) -> None:
     """As TorchCompileModel sets it, before Inflate UNet or after it."""
