@@ -193,7 +193,7 @@ def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # What is asked there cannot be compiled; compiled code takes PyTorch's choice.
+    # torch.compile cannot trace is_fused. Compiled code leaves the choice of kernel to PyTorch.
     if not torch.compiler.is_compiling() and not is_fused(q, k, v):
         return _SlicedAttention.apply(q, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
@@ -213,7 +213,7 @@ def temporal_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, frames: int) ->
     q, k, v: [chunks * frames, n, c] -> [chunks * frames, n, c]. Released code: ``attn_temp``. The kernels read each
     video where it lies; rows of all videos together would first have to be copied into their order.
     """
-    # A list, since torch.compile cannot leave off and resume within a zip.
+    # torch.compile cannot break a graph inside a zip, so this is a list.
     videos = list(zip(q.split(frames), k.split(frames), v.split(frames), strict=True))
     out = [_attend_over_frames(*video, heads) for video in videos]
     return out[0] if len(out) == 1 else torch.cat(out)

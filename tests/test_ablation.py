@@ -256,7 +256,7 @@ def test_what_does_not_apply_is_not_measured() -> None:
     assert measured(clip, edit_of(clip, "style"))["opposite hue"] is None
 
 
-# What is kept, and what a broken method does to the verdict.
+# Kept results, and the verdict on a broken method.
 
 # Method -> look distance, distance from the path, warp error, as a working instrument finds them.
 WORKS = {

@@ -16,8 +16,8 @@ from .model import Conditioning, ModelPatcher, context_width, family
 # Side of the square that a family was trained at, in latent pixels.
 _NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
 PIXELS_PER_LATENT = 8
-_BEYOND = 0.1  # what resizing and sharpening leave of a mask outside 0..1
-_ONE_STEP = 0.02  # of fifty
+_BEYOND = 0.1  # resizing and sharpening may leave a mask this far outside 0..1
+_ONE_STEP = 0.02  # of the way: one step of fifty
 
 
 def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:

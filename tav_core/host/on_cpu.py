@@ -1,6 +1,6 @@
-"""What makes an inflated evaluation faster on the CPU: its convolutions, the text's keys and values, its attention.
+"""Make an inflated evaluation faster on the CPU: its convolutions, the text's keys and values, its attention.
 
-On graphics cards none is worth its while, and comparing texts would wait for the device.
+Graphics cards gain nothing from these, and comparing texts would wait for the device.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ _THREADS = 4
 _FIRST_PACKETS = 100  # that may pass before the first frame
 _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
-# Containers whose times may begin anew midway, as where recordings were put one after the other, and by how much they
-# jump there at least, back and either way. As FFmpeg's program has it.
+# Timestamps of these containers may restart midway, where recordings were joined. A jump of this many seconds, back or
+# either way, is a restart. FFmpeg's program uses the same limits.
 _JOINED, _BACK, _APART = ("mpeg", "mpegts"), 0.1, 10.0  # seconds
 
 # Numbers of FFmpeg's enumerations (ITU-T H.273).
@@ -96,14 +96,15 @@ def packets(path: str, most: int) -> Results:
 
 
 def _demuxed(container: Any, stream: Any, shifts: list[float] | None = None, known: bool = False) -> Iterator[Any]:
-    """Yield a stream's packets, with times that go on where those of the file begin anew.
+    """Yield a stream's packets; where the file's timestamps restart, the yielded ones continue.
 
-    ``shifts``: seconds added from each such place on; filled, or if ``known`` taken, so that sound follows its picture.
+    ``shifts``: seconds added after each restart. The list is filled, or read if ``known``, so that sound follows its
+    picture.
     """
     shifts = [] if shifts is None else shifts
     joined, unit = container.format.name in _JOINED, stream.time_base
     last: int | None = None
-    end, length, shift, jumps = 0, 0, 0, 0  # end: of what is shown, as of pictures that are stored in another order
+    end, length, shift, jumps = 0, 0, 0, 0  # end: when the last picture ends; B-frames are stored out of order
     for packet in container.demux(stream):
         if joined and packet.dts is not None:
             step = 0.0 if last is None else float((packet.dts - last) * unit)
@@ -180,7 +181,7 @@ class _Picture:
         self.flipped = (c < 0, b < 0) if self.turned else (a < 0, d < 0)  # horizontally, vertically
         same_size = (frame.width, frame.height) == (stream.width, stream.height)
         self.crop = crop if crop and same_size else (0, 0, 0, 0)
-        # Broadcasts change the shape of their pixels midway, which they state in the codec alone.
+        # A broadcast may change its pixel aspect ratio midway, and only the codec's header says so.
         stated = stream if same_size and stream.container.format.name not in _JOINED else context
         aspect = float(stated.sample_aspect_ratio or 1)
         self.aspect = aspect if 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT else 1.0
@@ -309,8 +310,8 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
 def sound(path: str, start: float, duration: float, shifts: list[float]) -> Results:
     """Yield once a player's audio stream from ``start`` for ``duration`` seconds, float32 [channels, samples].
 
-    ``start`` counts from the beginning of the file; ``shifts``: of the picture's times, see ``_demuxed``. Gaps are
-    silent. Nothing is yielded for a span without sound.
+    ``start`` counts from the beginning of the file; ``shifts``: those of the picture's timestamps (``_demuxed``).
+    Gaps are silent. Nothing is yielded for a span without sound.
     Raises ValueError if nothing can be decoded.
     """
     with _open(path) as container:

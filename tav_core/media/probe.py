@@ -34,8 +34,8 @@ class VideoInfo:
     ``width``, ``height``: pixels as displayed; ``fps``: mean frames a second; ``times``: seconds of each frame, in
     display order; ``end``: when the last one ends; ``tick``: seconds that times are rounded to; ``pts``: times in the
     file's unit, None if it has no usable ones; ``keys``: number and decoding time of each frame where decoding can
-    begin, empty if the container does not find them exactly; ``shifts``: seconds added to times where those of the file
-    begin anew; ``plain``: whether pictures need nothing but a conversion to RGB.
+    begin, empty if the container does not find them exactly; ``shifts``: seconds added after each restart of the
+    file's timestamps; ``plain``: whether pictures need nothing but a conversion to RGB.
     """
 
     path: str
@@ -124,8 +124,8 @@ def probe(path: str | Path) -> VideoInfo:
     else:  # some containers store no usable times
         fps = frame_rate(found["rate"], [])
         times, end = [number / fps for number in range(len(shown))], len(shown) / fps
-    # AVI, and Matroska where it wraps AVI's codecs, store when frames are decoded: a decoder hands the times on with
-    # other frames than those that are shown then.
+    # AVI, and Matroska that wraps AVI's codecs, store decoding times only. With B-frames a decoder returns these times
+    # with the wrong frames.
     ordered = timed and not (
         found["reordered"] and found["container"].startswith(("avi", "matroska")) and (np.diff(packets[:, 0]) > 0).all()
     )

@@ -186,7 +186,7 @@ class Trainer:
     def backward(self, timestep: int, noise: Tensor, frames: Tensor | None = None) -> Tensor:
         """Return the loss at a timestep with noise [frames, c, h, w]; leaves its gradients in ``trained``.
 
-        ``frames``: the numbers of as many frames as ``self.frames``; None for the whole clip.
+        ``frames``: indices of the frames to train on, ``self.frames`` of them; None trains on the whole clip.
         """
         x0, alpha_bar = self.unet.latents, self._alpha_bars[timestep]
         x0 = x0 if frames is None else x0[frames.to(x0.device)]

@@ -1,4 +1,4 @@
-"""What a person does on ComfyUI's page."""
+"""Act on ComfyUI's page as a person does."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def job(graph, family, name, clip):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_job_is_that_of_the_dequantised_checkpoint(server, family):
-    """Of each family one file, and one of what its weights stand for."""
+    """Each family has a quantised file and a file of the dequantised weights; both give the same result."""
     weights = tiny_checkpoint.unet_weights(tiny_checkpoint.SD1_SHALLOW, seed=6)
     folder = server.models_folder("diffusion_models")
     for name, kind in zip((STORED, MEANT), FAMILIES[family](weights), strict=True):
