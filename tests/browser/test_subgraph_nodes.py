@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ DEMO = {
     **{"file": workflows.DRAWN.file, "frame_count": 8, "width": 64, "height": 64},
     **{"clip_sentence": CLIP, "new_sentence": EDITED, "guidance": 5},
 }
+SEEDS = itertools.count(1)
 # Clears the canvas and puts the demo's model there.
 EMPTY = """
 () => {
@@ -79,6 +81,8 @@ def add(page: Any, name: str, **values: Any) -> str:
     page.mouse.click(920, 700, delay=100)
     wait_until(page, "() => !app.graph.nodes.at(-1).flags.ghost")
     inside = {"learning_rate": 3e-4, "preview_every": 5, "steps": 4, "frame_step": 1, "guidance": 5}
+    # Always another one, or the host would have the result already: a cleared graph begins its ids anew.
+    inside["seed"] = next(SEEDS)
     node = page.evaluate(CONNECT, [{**DEMO, **values}, inside])
     page.wait_for_timeout(1000)
     return str(node)
@@ -206,11 +210,6 @@ def test_of_two_tunings_the_right_one_stops(
     page.evaluate(EMPTY)
     endless = {"tuning_steps": 99_999}
     nodes = [add(page, LEARN, **endless, filename_prefix=f"{mode}-{place}") for place in ("left", "right")]
-    # The right one is another tuning, or its result would be the left one's.
-    page.evaluate(
-        "() => { for (const n of app.graph.nodes.at(-1).subgraph.nodes) for (const w of n.widgets ?? [])"
-        "if (w.name === 'seed') w.value = 5; }"
-    )
     assert len(set(nodes)) == 2
     run(page)
     wait_until(page, "() => tav.previews.length")

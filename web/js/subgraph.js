@@ -1,4 +1,5 @@
-// What a node shows on the node of a subgraph that holds it: tooltips of its widgets, and the newest picture of a run.
+// What a node shows on the node of a subgraph that holds it: tooltips of its widgets, its buttons, and the newest picture
+// of a run.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
@@ -60,6 +61,93 @@ function draw(node, context, width, top) {
     requestAnimationFrame(() => app.canvas.setDirty(true, false));
 }
 
+// Adds the widget in which `holder` shows the picture of `nodes`: the node itself, or those of a subgraph.
+function addPicture(holder, nodes) {
+    // Of the kinds of widgets that the page copies to a subgraph's node, a button is the simplest.
+    const widget = holder.addWidget("button", NAME, null, () => {}, { serialize: false, canvasOnly: true });
+    widget.serialize = false;
+    const newest = () => nodes().find(shown);
+    widget.computeLayoutSize = (drawnOn) => {
+        const node = newest();
+        const height = node ? heightWithin(shown(node), (drawnOn?.size[0] ?? 0) - 2 * MARGIN) : 0;
+        return { minHeight: height, maxHeight: height, minWidth: 0 };
+    };
+    widget.drawWidget = function (context, { width }) {
+        const node = newest();
+        if (node) draw(node, context, width, this.y);
+    };
+}
+
+// Newer pages (that of ComfyUI 0.33) put on a subgraph's node only widgets that are inputs, with a value of its own, and
+// drop those that older pages copied there: `properties.proxyWidgets` is gone. There the node gets its own.
+
+function isOlder(holder) {
+    return "proxyWidgets" in (holder.properties ?? {});
+}
+
+const BUTTONS = { TAV_LoadVideo: "upload", TAV_OneShotTune: "stop" };
+
+function inside(holder) {
+    return holder.subgraph.nodes.filter((each) => each.comfyClass?.startsWith("TAV_"));
+}
+
+// The widgets of the inner nodes that an input of a subgraph's node sets.
+function sources(holder, input) {
+    const slot = holder.subgraph.inputs?.find((each) => each.name === input.name);
+    const links = (slot?.linkIds ?? []).map((id) => holder.subgraph.getLink?.(id) ?? holder.subgraph.links[id]);
+    return links.filter(Boolean).flatMap((link) => {
+        const node = holder.subgraph.getNodeById(link.target_id);
+        const name = node?.inputs[link.target_slot]?.widget?.name;
+        return node?.widgets?.filter((each) => each.name === name) ?? [];
+    });
+}
+
+// [widget of the subgraph's node, widgets that it sets].
+function promoted(holder) {
+    return holder.inputs.flatMap((input) => {
+        const widget = holder.widgets.find((each) => each.name === input.widget?.name);
+        return widget ? [[widget, sources(holder, input)]] : [];
+    });
+}
+
+function explainInputs(holder) {
+    for (const [widget, inner] of promoted(holder)) {
+        const tooltip = inner.find((each) => each.tooltip)?.tooltip;
+        if (tooltip) widget.tooltip ??= tooltip;
+    }
+}
+
+// Unpacking takes the inner nodes' own values, which the page leaves as the pack brought them.
+function passInside(holder) {
+    if (isOlder(holder)) return;
+    for (const [widget, inner] of promoted(holder)) for (const each of inner) each.value = widget.value;
+}
+
+function complete(holder) {
+    if (!holder.graph || isOlder(holder) || !inside(holder).length) return;
+    for (const node of inside(holder)) {
+        const button = node.widgets?.find((each) => each.name === BUTTONS[node.comfyClass]);
+        if (!button) continue;
+        // The page made an input of the button, which does nothing.
+        const slot = holder.subgraph.inputs.find(({ name, type }) => name === button.name && type === "IMAGEUPLOAD");
+        if (slot) holder.subgraph.removeInput(slot);
+        if (holder.widgets.some((each) => each.pressedFor === node)) continue;
+        const pressed = async (value, canvas) => {
+            await button.callback(value, canvas, holder);
+            for (const [widget, inner] of promoted(holder)) {
+                const file = inner.find((each) => each.name === "file" && node.widgets.includes(each));
+                if (file) widget.value = file.value;
+            }
+        };
+        const own = holder.addWidget("button", button.name, null, pressed, { serialize: false });
+        Object.assign(own, { label: button.label, tooltip: button.tooltip, serialize: false, pressedFor: node });
+    }
+    if (inside(holder).some((each) => SHOWING.includes(each.comfyClass)) && !holder.widgets.some((w) => w.name === NAME))
+        addPicture(holder, () => inside(holder).filter((each) => SHOWING.includes(each.comfyClass)));
+    // The last, since the page makes the widgets anew when an input goes.
+    explainInputs(holder);
+}
+
 app.registerExtension({
     name: "TuneAVideo.Subgraph",
     async init() {
@@ -67,18 +155,28 @@ app.registerExtension({
     },
     nodeCreated(node) {
         if (node.comfyClass?.startsWith("TAV_")) explain(node);
+        if (node.subgraph) {
+            // Its inner nodes and properties are there when the page has done what it does now.
+            const later = () => setTimeout(() => complete(node));
+            const also = (event, act) => {
+                const before = node[event];
+                node[event] = function () {
+                    const answer = before?.apply(this, arguments);
+                    act();
+                    return answer;
+                };
+            };
+            also("onConfigure", later);
+            also("onAdded", later);
+            also("onSelected", () => passInside(node));
+            also("onWidgetChanged", () => passInside(node));
+            for (const change of ["widget-promoted", "input-added", "removing-input", "inputs-reordered"])
+                node.subgraph.events?.addEventListener(change, later);
+            later();
+        }
         if (!SHOWING.includes(node.comfyClass)) return;
         // Within a subgraph Nodes 2.0 takes pictures of an unknown kind for images.
         if (VIDEOS.includes(node.comfyClass)) node.previewMediaType = "video";
-        // Of the kinds of widgets that the page copies to a subgraph's node, a button is the simplest.
-        const widget = node.addWidget("button", NAME, null, () => {}, { serialize: false, canvasOnly: true });
-        widget.serialize = false;
-        widget.computeLayoutSize = (holder) => {
-            const height = heightWithin(shown(node), (holder?.size[0] ?? 0) - 2 * MARGIN);
-            return { minHeight: height, maxHeight: height, minWidth: 0 };
-        };
-        widget.drawWidget = function (context, { width }) {
-            draw(node, context, width, this.y);
-        };
+        addPicture(node, () => [node]);
     },
 });

@@ -33,13 +33,15 @@ app.registerExtension({
         if (node.comfyClass !== "TAV_LoadVideo") return;
         const button = node.widgets?.find((each) => each.type === "button");
         if (!button) return;
-        button.callback = () => {
+        // Resolves when the clip is there, or none was chosen.
+        button.callback = () => new Promise((resolve) => {
             const input = document.createElement("input");
             input.type = "file";
             input.accept = ["video/*", ...EXTENSIONS].join(",");
-            input.onchange = () => input.files.length && upload(node, input.files[0]);
+            input.onchange = async () => resolve(input.files.length && (await upload(node, input.files[0])));
+            input.oncancel = resolve;
             input.click();
-        };
+        });
         const { onDragOver, onDragDrop } = node;
         node.onDragOver = function (event) {
             const items = [...(event?.dataTransfer?.items ?? [])];
