@@ -117,10 +117,16 @@ function explainInputs(holder) {
     }
 }
 
-// Unpacking takes the inner nodes' own values, which the page leaves as the pack brought them.
+// Unpacking takes the inner nodes' own values, and a clip is played from them; the page leaves them as the pack brought
+// them.
 function passInside(holder) {
     if (isOlder(holder)) return;
-    for (const [widget, inner] of promoted(holder)) for (const each of inner) each.value = widget.value;
+    for (const [widget, inner] of promoted(holder))
+        for (const each of inner) {
+            if (each.value === widget.value) continue;
+            each.value = widget.value;
+            each.callback?.(widget.value);
+        }
 }
 
 function complete(holder) {
@@ -152,6 +158,11 @@ app.registerExtension({
     name: "TuneAVideo.Subgraph",
     async init() {
         translations = await (await api.fetchApi("/i18n")).json();
+    },
+    setup() {
+        app.canvas.canvas.addEventListener("subgraph-opened", ({ detail }) => {
+            if (detail.fromNode) passInside(detail.fromNode);
+        });
     },
     nodeCreated(node) {
         if (node.comfyClass?.startsWith("TAV_")) explain(node);
