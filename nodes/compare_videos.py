@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.media import pictures
 from .support.limits import within_limits
 from .support.memory import memory_explained
@@ -49,6 +51,7 @@ class CompareVideos(io.ComfyNode):
         )
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("source", "Compare fewer frames, or make them smaller.")
     @within_limits
     def execute(
@@ -68,8 +71,8 @@ class CompareVideos(io.ComfyNode):
         lines = [line if line.strip() else None for line in captions.splitlines()]
         captioned = [(line or name, frames) for (name, frames), line in zip_longest(clips, lines[: len(clips)])]
         video = pictures.side_by_side(captioned)
-        shown = temporary_video(video, FRAMES_PER_SECOND, "compared")
-        return io.NodeOutput(video, pictures.contact_sheet(captioned), ui=shown)
+        sheet = pictures.contact_sheet(captioned)
+        return io.NodeOutput(video, sheet, ui=temporary_video(video, FRAMES_PER_SECOND, "compared"))
 
 
 NODES = [CompareVideos]

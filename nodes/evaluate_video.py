@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.errors import Refusal
 from ..tav_core.evaluation import metrics
 from ..tav_core.evaluation.faults import faults, in_words
@@ -68,6 +69,7 @@ class EvaluateVideo(io.ComfyNode):
         )
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("source", "Compare fewer frames, or make them smaller.")
     @within_limits
     def execute(

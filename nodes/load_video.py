@@ -12,6 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.errors import Refusal
 from ..tav_core.media.clip import load_clip
 from ..tav_core.media.probe import EXTENSIONS
@@ -135,6 +136,7 @@ class LoadVideo(io.ComfyNode):
             return ""
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("frame_count", "Keep fewer frames, or make them smaller.")
     def execute(
         cls,

@@ -7,6 +7,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.motion.file import Motion, save_motion
 from ..tav_core.motion.low_rank import KEPT_KEY, compress
 from .support.limits import within_limits
@@ -58,6 +60,7 @@ class SaveMotion(io.ComfyNode):
         return check_target(filename_prefix, folder_paths.get_folder_paths(FOLDER)[0], _EXAMPLE, _OPTION)
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("motion", "Close other programs that use memory and queue again; the tuning does not run again.")
     @within_limits
     def execute(cls, motion: Motion, filename_prefix: str, rank: int = 0) -> io.NodeOutput:

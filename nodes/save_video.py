@@ -10,6 +10,7 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.media.encode import FORMATS, save_clip
 from ..tav_core.media.sound import Audio
 from .support.limits import within_limits
@@ -83,6 +84,7 @@ class SaveVideo(io.ComfyNode):
         return check_target(filename_prefix, folder_paths.get_output_directory(), _PREFIX, _OPTION)
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("images", "Save fewer frames at a time, or make them smaller.")
     @within_limits
     def execute(

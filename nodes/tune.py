@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tav_core import host
+from ..tav_core.cancel import cancellable
 from ..tav_core.inflate import Inflation
 from ..tav_core.media import pictures
 from ..tav_core.motion.file import Motion
@@ -258,6 +259,7 @@ class OneShotTune(io.ComfyNode):
         )
 
     @classmethod
+    @cancellable(host.raise_if_cancelled)
     @memory_explained("latent", REMEDY)
     @within_limits
     def execute(

@@ -16,6 +16,7 @@ MODULES = {
 # A module imports only from floors below its own, or from its own folder.
 FLOORS = (
     (
+        "tav_core.cancel",
         "tav_core.errors",
         "tav_core.out_of_memory",
         "tav_core.attention",

@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 
 # Constants of SSIM for values in 0..1 (Wang et al. 2004): window of 11x11 pixels, sigma 1.5.
@@ -57,6 +58,11 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 
     Both are [n, h, w, c] in 0..1.
     """
+    return torch.cat([_similarity_of_frames(*pair) for pair in zip(first.split(1), second.split(1), strict=True)])
+
+
+def _similarity_of_frames(first: Tensor, second: Tensor) -> Tensor:
+    raise_if_cancelled()
 
     def blurred(values: Tensor) -> Tensor:
         sigmas = (0, _SIGMA, _SIGMA, 0)

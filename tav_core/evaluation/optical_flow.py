@@ -12,6 +12,8 @@ from einops import rearrange
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
+
 _WINDOW_SIGMA = 2.0
 _ITERATIONS = 4
 _SMALLEST_SIDE = 16
@@ -24,6 +26,11 @@ def optical_flow(first: Tensor, second: Tensor) -> Tensor:
 
     Both are [n, h, w, 3] in 0..1. The flow follows texture and edges, and stays small in flat regions.
     """
+    # A pair of frames at a time: less memory, and a cancel is heard.
+    return torch.cat([_flow_of_pairs(*pair) for pair in zip(first.split(1), second.split(1), strict=True)])
+
+
+def _flow_of_pairs(first: Tensor, second: Tensor) -> Tensor:
     pyramid = [(channels_first(first), channels_first(second))]
     while min(pyramid[-1][0].shape[-2:]) >= 2 * _SMALLEST_SIDE:
         source, target = pyramid[-1]
@@ -31,6 +38,7 @@ def optical_flow(first: Tensor, second: Tensor) -> Tensor:
     coarsest = pyramid[-1][0]
     flow = coarsest.new_zeros(len(coarsest), 2, *coarsest.shape[-2:])
     for source, target in reversed(pyramid):
+        raise_if_cancelled()
         if flow.shape[-2:] != source.shape[-2:]:
             flow = 2 * F.interpolate(flow, source.shape[-2:], mode="bilinear", align_corners=False)
         for _ in range(_ITERATIONS):

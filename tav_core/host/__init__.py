@@ -60,6 +60,7 @@ from .model import (
 )
 from .progress import (
     progress_bar,
+    raise_if_cancelled,
     saves_workflows,
 )
 from .sampling import (
@@ -120,6 +121,7 @@ __all__ = [
     "progress_bar",
     "put_models_aside",
     "query_shapes",
+    "raise_if_cancelled",
     "release_cached_memory",
     "resident_dtype",
     "run_sampler",

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 from .decode import Progress
 from .process import last_line
@@ -35,6 +37,7 @@ _MOST_CHANNELS = 8
 # ffmpeg takes three and four channels for layouts that Opus does not have.
 _OPUS_LAYOUTS = {3: "channelmap=map=0|1|2:channel_layout=3.0", 4: "channelmap=map=0|1|2|3:channel_layout=quad"}
 ENCODE_LIMIT = 1800  # seconds after the last frame was handed over
+_SECONDS_BETWEEN_CHECKS = 0.25
 
 
 def save_clip(
@@ -209,11 +212,12 @@ def _run_encoder(
                     process.stdin.write(pixels.tobytes())
                 except OSError:  # ffmpeg has ended: its log says why
                     break
+                raise_if_cancelled()
                 if progress:
                     progress(done, len(images))
             with suppress(OSError):
                 process.stdin.close()
-            code = process.wait(ENCODE_LIMIT)
+            code = _waited_for(process, name)
         finally:
             process.kill()
             process.wait()
@@ -221,6 +225,19 @@ def _run_encoder(
                 process.stdin.close()
         if code:
             raise _encoder_error(name, code, log)
+
+
+def _waited_for(process: subprocess.Popen[bytes], name: str) -> int:
+    """Return the exit status of an encoder that has all frames. A gif's palette takes most of its time then."""
+    end = time.monotonic() + ENCODE_LIMIT
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_SECONDS_BETWEEN_CHECKS)
+        raise_if_cancelled()
+    raise RuntimeError(
+        f"ffmpeg did not finish {name} within {ENCODE_LIMIT} seconds after its last frame, and nothing was saved. Save "
+        "fewer frames at a time, or choose mp4."
+    )
 
 
 def _encoder_error(name: str, code: int, log: BinaryIO) -> Exception:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 
 _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
@@ -177,6 +178,7 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], side: int = 128) -> Tensor
         top = _GAP + row * (side + _CAPTION + _GAP)
         draw.text((_GAP, top + 2), caption, fill="black", font=font_for(caption))
         for column, frame in enumerate(frames):
+            raise_if_cancelled()
             sheet.paste(_fitted(frame, side), (_GAP + column * (side + _GAP), top + _CAPTION))
     return _image(sheet)
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 from ..out_of_memory import is_out_of_memory
 from ..temporal import draw_temporal
@@ -50,6 +51,7 @@ def compress(motion: Motion, rank: int) -> Motion:
     tensors: dict[str, Tensor] = {}
     whole = lost = 0.0
     for key, value in motion.tensors.items():
+        raise_if_cancelled()
         if value.ndim < 2:
             tensors[key] = value.to(torch.float16)
             continue

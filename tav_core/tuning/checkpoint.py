@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..motion.file import write_safetensors
 from ..out_of_memory import is_out_of_memory
 from .trainer import Trainer
@@ -62,6 +63,13 @@ def _digest(name: str, data: Tensor) -> bytes:
     return found.digest()
 
 
+def _unless_cancelled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors for as long as the user does not cancel: a checkpoint's weights take seconds to hash."""
+    for each in tensors:
+        raise_if_cancelled()
+        yield each
+
+
 class Checkpoint:
     """The file of one run in ``folder``; as a context, it restores the run and saves it whatever ends it.
 
@@ -81,7 +89,7 @@ class Checkpoint:
         self._trainer, self._interval, self._report = trainer, interval, warn
         self._file: RunFile | None = None
         if folder is not None:
-            run = fingerprint(trainer.decisive, trainer.decisive_tensors())
+            run = fingerprint(trainer.decisive, _unless_cancelled(trainer.decisive_tensors()))
             self._file = RunFile(folder / f"{run}.safetensors", run)
         self._due = time.monotonic() + interval
 

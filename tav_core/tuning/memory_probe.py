@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..cancel import raise_if_cancelled
 from .memory_plan import UnitCost
 from .recompute import ATTENTION_KERNELS, can_keep_attention, checkpointable_blocks
 
@@ -98,6 +99,7 @@ def measure(
     side = 8  # the smallest side that survives the UNet's halvings
     probes = []
     for shape in ((2, side, side), (3, side, side), (2, side, 2 * side)):
+        raise_if_cancelled()
         with _counting(unet) as found:
             run(*shape)
         probes.append(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cancel import raise_if_cancelled
 from ..schedule import add_noise, alphas_cumprod
 from .training_unet import TrainingUNet
 
@@ -27,6 +28,7 @@ def reconstruct(unet: TrainingUNet, frames: int, steps: int = STEPS, seed: int =
     first = int(START * (len(alpha_bars) - 1))
     timesteps = [round(first * (steps - i) / steps) for i in range(steps)]
     for timestep in timesteps:
+        raise_if_cancelled()
         alpha_bar = alpha_bars[timestep]
         x = add_noise(x0, noise, alpha_bar)
         signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
