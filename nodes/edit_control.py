@@ -212,6 +212,7 @@ class ShowMask(io.ComfyNode):
 
     @classmethod
     @memory_explained("images", "Use fewer frames or a smaller size.")
+    @within_limits
     def execute(cls, images: Tensor, mask: Tensor) -> io.NodeOutput:
         """Refuses a mask of another number of frames (ValueError)."""
         check_frames("images", images)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pack_nodes
 import pytest
 import torch
 from tune_a_video.tav_core.errors import Refusal
+from tune_a_video.tav_core.motion.file import Motion
 
 pytestmark = pytest.mark.comfyui
 
@@ -27,7 +30,7 @@ def node() -> Any:
             return io.Schema(
                 node_id="TAV_Test",
                 inputs=[
-                    io.Image.Input("image"),
+                    io.Latent.Input("image"),
                     io.Int.Input("count", min=1, max=8),
                     io.Float.Input("strength", min=0.0, max=1.0),
                     io.Combo.Input("mode", options=["fast", "slow"]),
@@ -94,3 +97,66 @@ def test_the_host_runs_a_decorated_node(node: Any) -> None:
     assert copy.EXECUTE_NORMALIZED(image=None, **GOOD).args[1:5] == (3, 0.5, "fast", True)
     with pytest.raises(Refusal, match="^count: 9 is outside"):
         copy.EXECUTE_NORMALIZED(image=None, **{**GOOD, "count": 9})
+
+
+SOCKETS = {"IMAGE": torch.zeros(1, 8, 8, 3), "MASK": torch.zeros(1, 8, 8), "STRING": "text", "TAV_MOTION": Motion({})}
+
+
+def test_a_socket_without_its_kind_of_value_is_named() -> None:
+    """A switch of another pack hands on None, or anything."""
+    import asyncio
+
+    import tune_a_video
+    from tune_a_video.nodes.support.limits import check_limits
+
+    async def nodes() -> list[Any]:
+        return await (await tune_a_video.comfy_entrypoint()).get_node_list()
+
+    seen = set()
+    for node in asyncio.run(nodes()):
+        for socket in node.define_schema().inputs:
+            kind = socket.io_type
+            if kind not in (*SOCKETS, "TAV_CONTROL"):
+                continue
+            seen.add(kind)
+            with pytest.raises(Refusal, match=f"^{socket.id}: what is connected is a dict. Connect a"):
+                check_limits(node, **{socket.id: {}})
+            if kind in SOCKETS:
+                check_limits(node, **{socket.id: SOCKETS[kind]})
+            if socket.optional:
+                check_limits(node, **{socket.id: None})
+            else:
+                with pytest.raises(Refusal, match=f"^{socket.id}: there is none. Connect a"):
+                    check_limits(node, **{socket.id: None})
+    assert seen == {*SOCKETS, "TAV_CONTROL"}
+
+
+FRAMES = torch.rand(2, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("node", "given"),
+    [
+        ("SaveVideo", (8.0, "clip", "mp4", 80)),
+        ("EvaluateVideo", (FRAMES,)),
+        ("CompareVideos", (FRAMES,)),
+        ("ShowMask", (torch.ones(1, 8, 8),)),
+    ],
+)
+@pytest.mark.parametrize("images", [(255 * FRAMES).byte(), FRAMES > 0.5, FRAMES.long()])
+def test_frames_in_whole_numbers_are_refused(node: str, given: tuple[Any, ...], images: torch.Tensor) -> None:
+    """They would come out white, or fail without a word."""
+    hidden = {"hidden": SimpleNamespace(prompt=None, extra_pnginfo=None)}
+    with pytest.raises(Refusal, match=r"^(images|source): its values are whole numbers .* divide by 255\.$"):
+        type(node, (getattr(pack_nodes, node),), hidden).execute(images, *given)
+
+
+@pytest.mark.parametrize("mask", [255 * torch.ones(1, 8, 8), -torch.ones(1, 8, 8), torch.full((8, 8), 2)])
+def test_a_mask_goes_from_0_to_1_everywhere(mask: torch.Tensor) -> None:
+    for work in (
+        lambda: pack_nodes.ShowMask.execute(FRAMES, mask),
+        lambda: pack_nodes.EvaluateVideo.execute(FRAMES, FRAMES, mask=mask),
+        lambda: pack_nodes.EditControl.execute("object", 0.5, mask=mask),
+    ):
+        with pytest.raises(Refusal, match=r"^mask: it holds values from .*scale its values to 0\.\.1\.$"):
+            work()

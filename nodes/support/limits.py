@@ -1,4 +1,8 @@
-"""Check values against the node's own schema. The host checks widgets only, and a link can bring any value."""
+"""Check values against the node's own schema.
+
+The host checks widgets, and the types of links by their names. Through a switch or another pack's node for any type a
+link can bring any value, or None.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,28 @@ from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ...tav_core.control.settings import Control
 from ...tav_core.errors import Refusal
+from ...tav_core.motion.file import Motion
+from .types import ControlType, MotionType
+
+# Sockets and text: what their values are, and what to connect. MODEL, CLIP, LATENT and CONDITIONING are looked into
+# where they are used.
+_KINDS: tuple[tuple[Any, type, str], ...] = (
+    (io.Image.Input, Tensor, "an IMAGE"),
+    (io.Mask.Input, Tensor, "a MASK"),
+    (io.String.Input, str, "a text"),
+    (MotionType.Input, Motion, "a motion, from One-Shot Tune or Load Motion"),
+    (ControlType.Input, Control, "an Edit Control node"),
+)
 
 
 def within_limits(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
     """Decorate a node's ``execute``, below ``@classmethod``: check its arguments before it runs.
 
-    Raises Refusal for a number, a choice or a boolean that the node's own widget would refuse.
+    Raises Refusal for what the node's own widget or socket would refuse.
     """
     signature = inspect.signature(execute)
 
@@ -29,7 +47,7 @@ def within_limits(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.Nod
 
 
 def check_limits(node: type[io.ComfyNode], /, **values: Any) -> None:
-    """Raise Refusal for a value that the node's own widget would refuse; names without a widget are ignored."""
+    """Raise Refusal for a value that the node's own widget or socket would refuse; other names are ignored."""
     for widget in node.define_schema().inputs:
         if widget.id not in values:
             continue
@@ -40,6 +58,15 @@ def check_limits(node: type[io.ComfyNode], /, **values: Any) -> None:
             _check_number(widget, value)
         elif isinstance(widget, io.Boolean.Input) and not isinstance(value, bool):
             raise Refusal(widget.id, f"{_shown(value)} is neither true nor false", "Connect a boolean.")
+        elif not (value is None and widget.optional):
+            _check_kind(widget, value)
+
+
+def _check_kind(widget: Any, value: Any) -> None:
+    for socket, kind, wanted in _KINDS:
+        if isinstance(widget, socket) and not isinstance(value, kind):
+            found = "there is none" if value is None else f"what is connected is a {type(value).__name__}"
+            raise Refusal(widget.id, found, f"Connect {wanted}.")
 
 
 def _check_choice(widget: Any, value: Any) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import Refusal
 
+# Resizing and sharpening may leave a mask this far outside 0..1.
+BEYOND = 0.1
 # Noise levels at which the two sentences are compared, as shares of the inversion's steps from the clip up.
 MASK_LEVELS = (0.25, 0.45, 0.65)
 # Smoothing reaches over a latent's side divided by this.

@@ -10,13 +10,13 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor
 
+from ..control.blend import BEYOND
 from ..errors import Refusal
 from .model import Conditioning, ModelPatcher, context_width, family
 
 # Side of the square that a family was trained at, in latent pixels.
 _NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
 PIXELS_PER_LATENT = 8
-_BEYOND = 0.1  # resizing and sharpening may leave a mask this far outside 0..1
 _ONE_STEP = 0.02  # of the way: one step of fifty
 
 
@@ -55,7 +55,7 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
         raise Refusal("latent", f"its noise mask is empty, its shape is {list(mask.shape)}", "Draw it again.")
     if mask is not None and not torch.isfinite(mask).all():
         raise Refusal("latent", "its noise mask holds values that are not finite (NaN or infinity)", "Draw it again.")
-    if mask is not None and not (-_BEYOND <= float(mask.min()) and float(mask.max()) <= 1 + _BEYOND):
+    if mask is not None and not (-BEYOND <= float(mask.min()) and float(mask.max()) <= 1 + BEYOND):
         raise Refusal(
             "latent",
             f"its noise mask holds values from {float(mask.min()):g} to {float(mask.max()):g}",

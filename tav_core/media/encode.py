@@ -28,6 +28,7 @@ from torch import Tensor
 from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 from .decode import Progress
+from .pictures import check_shape
 from .process import last_line
 from .select import MAX_SIDE
 from .sound import Audio
@@ -113,9 +114,7 @@ def _file_url(path: Path) -> str:
 def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> None:
     if kind not in FORMATS:
         raise Refusal("format", f"{kind!r} is not a format", f"Choose one of {', '.join(FORMATS)}.")
-    if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
-        reason = f"shape {list(images.shape)} is not that of frames [count, height, width, 3]"
-        raise Refusal("images", reason, "Connect an IMAGE.")
+    check_shape("images", images)
     if max(images.shape[1:3]) > MAX_SIDE:
         reason = f"frames of {images.shape[2]}x{images.shape[1]} pixels are larger than {kind} and Load Video take"
         raise Refusal("images", reason, f"Scale them to at most {MAX_SIDE} a side.")

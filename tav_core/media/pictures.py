@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..cancel import raise_if_cancelled
+from ..control.blend import BEYOND
 from ..errors import Refusal
 
 _WIDTH, _HEIGHT, _MARGIN = 768, 384, 48
@@ -191,11 +192,19 @@ def _fitted(frame: Tensor, side: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
-def check_frames(name: str, frames: Tensor) -> None:
-    """Refuse an IMAGE that holds no frames [frames, h, w, 3 or 4]. ``name``: the input's, for the message."""
+def check_shape(name: str, frames: Tensor) -> None:
+    """Refuse an IMAGE that holds no frames [frames, h, w, 3 or 4] of numbers in 0..1, by shape and type alone."""
     if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or 0 in frames.shape:
         reason = f"shape {list(frames.shape)} is not that of frames [count, height, width, 3]"
         raise Refusal(name, reason, "Connect an IMAGE.")
+    if not frames.is_floating_point():
+        reason = f"its values are whole numbers ({str(frames.dtype).removeprefix('torch.')})"
+        raise Refusal(name, reason, "An IMAGE goes from 0 to 1: convert it and divide by 255.")
+
+
+def check_frames(name: str, frames: Tensor) -> None:
+    """Refuse an IMAGE that holds no frames [frames, h, w, 3 or 4]. ``name``: the input's, for the message."""
+    check_shape(name, frames)
     if not torch.isfinite(frames).all():
         raise Refusal(
             name,
@@ -205,12 +214,20 @@ def check_frames(name: str, frames: Tensor) -> None:
 
 
 def check_mask(mask: Tensor) -> Tensor:
-    """Return a MASK as [masks, h, w], float. Raises Refusal for one that is empty or not finite."""
+    """Return a MASK as [masks, h, w], float. Raises Refusal for one that is empty or goes beyond 0 to 1."""
     if mask.ndim < 2 or 0 in mask.shape:
         raise Refusal("mask", f"it is empty, its shape is {list(mask.shape)}", "Draw it again.")
     if not torch.isfinite(mask).all():
         raise Refusal("mask", "it holds values that are not finite (NaN or infinity)", "Draw it again.")
-    return mask.reshape(-1, *mask.shape[-2:]).float()
+    mask = mask.reshape(-1, *mask.shape[-2:]).float()
+    low, high = float(mask.min()), float(mask.max())
+    if not (-BEYOND <= low and high <= 1 + BEYOND):
+        raise Refusal(
+            "mask",
+            f"it holds values from {low:g} to {high:g}",
+            "A mask is 0 where the clip stays and 1 where it changes: scale its values to 0..1.",
+        )
+    return mask.clamp(0, 1)
 
 
 def shaded(images: Tensor, mask: Tensor) -> Tensor:
