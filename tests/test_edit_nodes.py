@@ -83,10 +83,49 @@ def test_named_words_take_the_place_of_found_ones(demo: Any) -> None:
     arguments = demo[1], SOURCE, EDIT, "empty prompt"
     words = words_in(out(pack_nodes.EditPrompt.execute(*arguments, words_that_go="sand"))[1])
     assert words is not None and words.goes == (5,) and words.new == (2, 3)
-    with pytest.raises(Refusal, match="^words_that_go: none of 'grass' is in the sentence"):
+    with pytest.raises(Refusal, match="^words_that_go: 'grass' names words that are not in the sentence"):
         pack_nodes.EditPrompt.execute(*arguments, words_that_go="grass")
-    with pytest.raises(Refusal, match="^new_words: none of 'heart' is in the sentence"):
+    with pytest.raises(Refusal, match="^new_words: 'heart' names words that are not in the sentence"):
         pack_nodes.EditPrompt.execute(*arguments, new_words="heart")
+
+
+@pytest.mark.parametrize(
+    ("named", "goes"),
+    [
+        ("blue, heart", (2, 3)),  # the commas of a list are no words of it
+        ("heart.", (3,)),
+        ("(HEART:1.3), sand", (3, 6)),
+        ("sand heart", (3, 6)),
+        ("on sand", (5, 6)),
+        ("a heart", (1, 3)),  # no phrase of the sentence: each of its words
+        (",", (4, 7)),
+    ],
+)
+def test_named_words_are_a_list(demo: Any, named: str, goes: tuple[int, ...]) -> None:
+    sentence = "a blue heart, on sand, painting"
+    positive = out(pack_nodes.EditPrompt.execute(demo[1], sentence, EDIT, "empty prompt", words_that_go=named))[1]
+    words = words_in(positive)
+    assert words is not None and words.goes == goes
+
+
+def test_a_phrase_does_not_name_its_words_elsewhere(demo: Any) -> None:
+    arguments = demo[1], "a heart on a sand", "a star", "empty prompt"
+    words = words_in(out(pack_nodes.EditPrompt.execute(*arguments, words_that_go="a sand"))[1])
+    assert words is not None and words.goes == (4, 5)
+
+
+@pytest.mark.parametrize("named", ["grass, hill", "heart, grass", "grass heart", "a heart, , grass"])
+def test_a_named_word_that_the_sentence_lacks_is_told(demo: Any, named: str) -> None:
+    sentence = "a blue heart, on sand, painting"
+    with pytest.raises(Refusal, match="^words_that_go: .* names words that are not in the sentence"):
+        pack_nodes.EditPrompt.execute(demo[1], sentence, EDIT, "empty prompt", words_that_go=named)
+
+
+def test_the_same_sentence_twice_is_told(demo: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt")
+    assert "same sentence" not in caplog.text
+    pack_nodes.EditPrompt.execute(demo[1], SOURCE, f" {SOURCE}\n", "empty prompt")
+    assert "source and edit are the same sentence" in caplog.text
 
 
 def test_the_negative_prompt_is_empty_or_the_clips(demo: Any) -> None:

@@ -63,10 +63,28 @@ def aligned(source: Sequence[Word], edit: Sequence[Word]) -> tuple[set[int], set
     return goes, new, pairs
 
 
-def occurrences(named: Sequence[Word], sentence: Sequence[Word]) -> set[int]:
-    """Return the numbers of the words of a sentence that are among the named ones."""
-    wanted = {word[0] for word in named}
-    return {number for number, word in enumerate(sentence) if word[0] in wanted}
+def phrases(named: Sequence[Word], marks: Sequence[Word]) -> list[list[Word]]:
+    """Split words where a punctuation mark stands; marks alone are one phrase."""
+    ids = {mark[0] for mark in marks}
+    found: list[list[Word]] = [[]]
+    for word in named:
+        if word[0] in ids:
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [phrase for phrase in found if phrase] or [list(named)]
+
+
+def occurrences(phrase: Sequence[Word], sentence: Sequence[Word]) -> set[int]:
+    """Return the numbers of the words of a sentence that a phrase names; none if one of its words is not there.
+
+    Where the sentence has the phrase as such, only there: "the snow" does not name every "the".
+    """
+    wanted, words = [word[0] for word in phrase], [word[0] for word in sentence]
+    starts = [at for at in range(len(words)) if words[at : at + len(wanted)] == wanted]
+    if starts:
+        return {at + offset for at in starts for offset in range(len(wanted))}
+    return {number for number, word in enumerate(words) if word in wanted} if set(wanted) <= set(words) else set()
 
 
 def positions(words: Sequence[Word], numbers: set[int]) -> tuple[int, ...]:

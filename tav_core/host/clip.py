@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..control.words import WORDS_KEY, EditWords, Word, aligned, occurrences, positions
+from ..control.words import WORDS_KEY, EditWords, Word, aligned, occurrences, phrases, positions
 from ..errors import Refusal
 
 # The image encoder takes this many pictures at a time.
 _IMAGES_AT_ONCE = 16
+# What words in a list are set apart by, each mark a word of its own.
+_MARKS = ", ; . \u3001 \uff0c \u3002"
 
 
 def image_embeddings(clip_vision: Any, images: Tensor) -> Tensor:
@@ -57,22 +60,28 @@ def encode_edit(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the clip's sentence, the edit's and a negative one as CONDITIONING; the first two know their words.
 
-    ``goes``, ``new``: words of the clip's and of the edit's sentence that change, "" for those that only one of them
-    has. Raises Refusal for named words that are not in their sentence, and for a checkpoint without a CLIP.
+    ``goes``, ``new``: words of the clip's and of the edit's sentence that change, or phrases with commas between them;
+    "" for the words that only one of them has. Raises Refusal for named words that are not in their sentence, and for a
+    checkpoint without a CLIP.
     """
     if clip is None:
         raise Refusal("clip", "the checkpoint has none", "Connect Load CLIP with the text model of the model's family.")
+    if source.split() == edit.split():
+        logging.warning("Tune-A-Video: source and edit are the same sentence: Edit Control finds nothing to change")
     words = [_words(clip, text) for text in (source, edit)]
     gone, added, pairs = aligned(*words)
     for name, text, sentence, found in (("words_that_go", goes, words[0], gone), ("new_words", new, words[1], added)):
         if text.strip():
-            named = occurrences(_words(clip, text), sentence)
-            if not named:
-                raise Refusal(
-                    name, f"none of {text.strip()!r} is in the sentence", "Write words as the sentence has them."
-                )
             found.clear()
-            found.update(named)
+            for phrase in phrases(_words(clip, text), _words(clip, _MARKS)):
+                named = occurrences(phrase, sentence)
+                if not named:
+                    raise Refusal(
+                        name,
+                        f"{text.strip()!r} names words that are not in the sentence",
+                        "Write words as the sentence has them, with commas between them.",
+                    )
+                found.update(named)
     encoded = [encode_text(clip, text) for text in (source, edit, negative)]
     lengths = int(encoded[0][0][0].shape[1]), int(encoded[1][0][0].shape[1])
     stays = [
