@@ -41,10 +41,14 @@ class LoadMotion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
         """Return a value that changes with the file, so that a changed file is loaded again."""
-        path = path_of_motion(file)
-        if path is None:
+        # A constant where there is no file to look at: an error here would load it again on every run.
+        try:
+            path = path_of_motion(file)
+            if path is None:
+                return ""
+            stat = Path(path).stat()
+        except OSError:
             return ""
-        stat = Path(path).stat()
         return f"{path} {stat.st_mtime_ns} {stat.st_size}"
 
     @classmethod

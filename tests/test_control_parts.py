@@ -178,7 +178,11 @@ def test_sentences_are_aligned_word_by_word(source: str, edit: str, goes: set[in
 
 def test_named_words_and_their_positions() -> None:
     words = sentence("a red car and a red bus")
-    assert occurrences(sentence("red bus"), words) == {1, 5, 6}
+    assert occurrences(sentence("red"), words) == {1, 5}
+    # A phrase of the sentence, words in another order, and a word that it lacks.
+    assert occurrences(sentence("red bus"), words) == {5, 6}
+    assert occurrences(sentence("bus car"), words) == {2, 6}
+    assert occurrences(sentence("red tram"), words) == set()
     assert positions(words, {5, 1}) == (2, 6)
 
 

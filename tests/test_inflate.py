@@ -268,6 +268,17 @@ def test_carried_motion_has_its_strengths_applied() -> None:
     torch.testing.assert_close(again, sample(weak, x, cond), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("tuned_for", "told"), [("v", True), ("epsilon", False), (None, False)])
+def test_a_motion_of_another_prediction_is_told(
+    tuned_for: str | None, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The shapes of SD 2.1 and of its base model are the same."""
+    model = build_model(UNETS["tiny"])
+    metadata = {} if tuned_for is None else {"prediction_type": tuned_for}
+    host.inflate_model(model, Inflation(), Motion(random_motion(model).tensors, metadata))
+    assert ("predicts v, and this one predicts epsilon" in caplog.text) is told
+
+
 def test_scopes() -> None:
     blocks = unet_parts.transformer_blocks(host.unet_of(build_model(UNETS["tiny"])))
     later = [path for path in blocks if in_scope(path, "middle and up")]

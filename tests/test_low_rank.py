@@ -77,9 +77,10 @@ def test_a_motion_without_its_seed_is_refused() -> None:
 
 def test_a_file_without_one_of_the_factors_is_refused() -> None:
     small = compress(tuned(4), 4)
-    lost = next(key for key in small.tensors if key.endswith(".down"))
-    with pytest.raises(ValueError, match="low-rank weights are incomplete"):
-        expand(Motion({key: value for key, value in small.tensors.items() if key != lost}, small.metadata))
+    for factor in (".down", ".up"):
+        lost = next(key for key in small.tensors if key.endswith(factor))
+        with pytest.raises(ValueError, match="low-rank weights are incomplete"):
+            expand(Motion({key: value for key, value in small.tensors.items() if key != lost}, small.metadata))
 
 
 def test_a_whole_motion_is_left_as_it_is() -> None:

@@ -231,7 +231,7 @@ def test_a_masked_edit_changes_the_masked_part_alone(nodes: Any) -> None:
         sampled(nodes, out, {"samples": inverted["samples"], "noise_mask": mask})
 
 
-def test_motions_are_saved_and_loaded_by_name(nodes: Any) -> None:
+def test_motions_are_saved_and_loaded_by_name(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import folder_paths
 
     _, motion, _ = tuned(nodes, build_model(UNETS["tiny"]))
@@ -247,6 +247,13 @@ def test_motions_are_saved_and_loaded_by_name(nodes: Any) -> None:
     assert nodes.load.fingerprint_inputs("absent.safetensors") == ""
     with pytest.raises(ValueError, match="^file: absent.safetensors is not in the models folder"):
         nodes.load.execute("absent.safetensors")
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise PermissionError
+
+    # An error here would load the file again on every run.
+    monkeypatch.setattr(Path, "stat", gone)
+    assert nodes.load.fingerprint_inputs("clips/ski_00001_.safetensors") == ""
 
 
 def test_a_motion_of_low_rank_is_saved_as_it_is_and_gives_the_same_edit(nodes: Any) -> None:

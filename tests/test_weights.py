@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -142,6 +143,27 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     )
     with pytest.raises(ValueError, match="^file: motion.safetensors cannot be read as a motion file.*copy it again"):
         load_motion(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.*account that runs ComfyUI"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error.*its disk or network folder"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "No such file.*its disk or network folder"),
+    ],
+)
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, remedy: str
+) -> None:
+    save_motion(motion(), tmp_path / "motion.safetensors")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(ValueError, match=f"^file: motion.safetensors cannot be opened .{remedy}"):
+        load_motion(tmp_path / "motion.safetensors")
 
 
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:

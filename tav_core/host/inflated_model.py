@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from ..temporal import add_queries, build_temporal, query_layers, temporal_layer
 from ..unet import Parts, Tree, parts_of
 from .controlled import control_of
 from .lend import WeightAndBias, lent
-from .model import ModelPatcher, family, inference_dtype, query_shapes, unet_of
+from .model import ModelPatcher, family, inference_dtype, predicts, query_shapes, unet_of
 from .on_cpu import cpu_forwards, with_fused_attention
 from .stored import UNET_PREFIX, is_coarse
 from .windows import FirstFrameCache, for_frames, window_frames
@@ -75,6 +76,14 @@ def check_motion(model: ModelPatcher, motion: Motion | None) -> None:
     """Refuse a motion that does not fit a MODEL (ValueError)."""
     if motion is not None:
         check_fits(outline(motion), query_shapes(model), family(model))
+        tuned_for, here = motion.metadata.get("prediction_type"), predicts(model)
+        if tuned_for is not None and here is not None and tuned_for != here:
+            logging.warning(
+                "Tune-A-Video: the motion was tuned on a model that predicts %s, and this one predicts %s: the edit "
+                "will follow the clip badly. Load the checkpoint that it was tuned on.",
+                str(tuned_for)[:20],
+                here,
+            )
 
 
 def inflate_model(

@@ -96,9 +96,9 @@ def prediction_type(model: ModelPatcher) -> str:
 
     Decided by what the sampling computes, so that other packs' classes count for what they are.
     """
-    sampling = model.get_model_object("model_sampling")
-    found = _prediction_of(sampling)
+    found = predicts(model)
     if found is None:
+        sampling = model.get_model_object("model_sampling")
         names = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
         raise Refusal(
             "model",
@@ -107,6 +107,11 @@ def prediction_type(model: ModelPatcher) -> str:
             "model. Distilled samplings such as LCM know a few of the timesteps alone.",
         )
     return found
+
+
+def predicts(model: ModelPatcher) -> str | None:
+    """Return what ``prediction_type`` does, None where it raises."""
+    return _prediction_of(model.get_model_object("model_sampling"))
 
 
 @torch.no_grad()

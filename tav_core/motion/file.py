@@ -8,6 +8,7 @@ difference that tuning makes to a query projection, and ``<block>.attn_temp.to_q
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -115,7 +116,8 @@ def _mode_of_new_files(folder: Path) -> int:
 def load_motion(path: Path) -> Motion:
     """Read a motion file. Raises ValueError, naming the file and the remedy, for anything else."""
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors takes a file that may not be read for one that is missing.
+        with open(path, "rb"), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != FORMAT:
                 raise ValueError(
@@ -135,7 +137,16 @@ def load_motion(path: Path) -> Motion:
                 )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        remedy = (
+            "Allow it to the account that runs ComfyUI."
+            if error.errno in (errno.EACCES, errno.EPERM)
+            else "Look at its disk or network folder, and queue again."
+        )
+        raise ValueError(f"file: {path.name} cannot be opened ({error.strerror or error}). {remedy}") from error
+    except SafetensorError as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(

@@ -87,6 +87,8 @@ def outline(motion: Motion) -> Motion:
     with _incomplete():
         tensors = {key: value for key, value in motion.tensors.items() if not key.endswith((UP, DOWN))}
         for key, up in motion.tensors.items():
+            if key.endswith(DOWN) and key.removesuffix(DOWN) + UP not in motion.tensors:
+                raise KeyError(key.removesuffix(DOWN) + UP)
             if key.endswith(UP):
                 name = key.removesuffix(UP)
                 tensors[name] = up.to("meta") @ motion.tensors[name + DOWN].to("meta", up.dtype)
