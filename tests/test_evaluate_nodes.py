@@ -90,11 +90,32 @@ def test_text_embeddings_are_projected_once() -> None:
     pooled, projection = torch.tensor([[1.0, 2.0, 3.0]]), 2 * torch.eye(3)[[1, 0, 2]]
     assert host.text_embedding(text_model(projection, pooled), "red").tolist() == [4, 2, 6]
     assert host.text_embedding(text_model(projection, pooled, projected=True), "red").tolist() == [1, 2, 3]
-    for nothing in (torch.zeros(3, 3), torch.eye(3), torch.full((3, 3), float("nan")), torch.full((3, 3), 1e6)):
+    # The last one is what was in the memory of a layer that no file filled.
+    left_over = torch.ones(3, 3) * torch.tensor([[0.1], [0.1], [300]])
+    for nothing in (
+        torch.zeros(3, 3),
+        torch.eye(3),
+        torch.full((3, 3), float("nan")),
+        torch.full((3, 3), 1e6),
+        left_over,
+    ):
         with pytest.raises(ValueError, match="^clip: it has no text projection.*clip_l"):
             host.text_embedding(text_model(nothing, pooled), "red")
     with pytest.raises(ValueError, match="^clip: it is not a CLIP text model"):
         host.text_embedding(text_model(None, pooled), "red")
+
+
+def test_a_text_projection_is_read_as_the_host_uses_it() -> None:
+    """Scaled, quantised and patched weights are made when the layer is used."""
+    import comfy.ops
+
+    pooled, projection = torch.tensor([[1.0, 2.0, 3.0]]), 2 * torch.eye(3)[[1, 0, 2]]
+    clip = text_model(projection, pooled)
+    layer = comfy.ops.manual_cast.Linear(3, 3, bias=False)
+    layer.weight = torch.nn.Parameter(projection)
+    layer.weight_function = [lambda weight: 3 * weight]
+    clip.cond_stage_model.part.transformer.text_projection = layer
+    assert host.text_embedding(clip, "red").tolist() == layer(pooled)[0].tolist() == [12, 6, 18]
 
 
 def test_clips_stand_side_by_side_under_their_captions(nodes: Any) -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ..control.words import WORDS_KEY, EditWords, Word, aligned, occurrences, phrases, positions
 from ..errors import Refusal
+from .lend import lent
 
 # The image encoder takes this many pictures at a time.
 _IMAGES_AT_ONCE = 16
+# Rows of a trained projection differ little in length; this many times the median is far beyond.
+_MOST_UNEVEN = 20
 # What words in a list are set apart by, each mark a word of its own.
 _MARKS = ", ; . \u3001 \uff0c \u3002"
 
@@ -34,9 +37,9 @@ def text_embedding(clip: Any, text: str) -> Tensor:
         raise Refusal("clip", "it is not a CLIP text model", "Connect Load CLIP with the text half of the clip_vision.")
     pooled = pooled[0].float().cpu()
     if len(models) == 1 and not models[0].return_projected_pooled:
-        projection = models[0].transformer.text_projection.weight.detach().float().cpu()
-        # A projection that no file filled is zeros, or whatever lay in memory.
-        if not torch.isfinite(projection).all() or projection.abs().max() in (0, 1) or projection.norm() > 1e3:
+        with lent(models[0].transformer.text_projection, pooled) as (weight, _):
+            projection = weight.detach().clone()
+        if not _is_projection(projection):
             raise Refusal(
                 "clip",
                 "it has no text projection, so its sentences cannot be compared with images",
@@ -44,6 +47,14 @@ def text_embedding(clip: Any, text: str) -> Tensor:
             )
         pooled = projection @ pooled
     return pooled
+
+
+def _is_projection(weight: Tensor) -> bool:
+    """Say whether a text projection came from a file. One that no file filled is zeros, or whatever lay in memory."""
+    if not torch.isfinite(weight).all() or weight.abs().max() in (0, 1) or weight.norm() > 1e3:
+        return False
+    rows = weight.norm(dim=1)
+    return bool(rows.max() < _MOST_UNEVEN * rows.median())
 
 
 def encode_text(clip: Any, text: str) -> list[Any]:
