@@ -142,8 +142,9 @@ def _channel_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: i
     rows, c, h, w = x.shape
     if x.device.type == "cpu":
         by_group = (t.view(groups, -1)[:, 0].expand(rows, -1).contiguous() for t in (mean, rstd))
+        # In three dimensions: the kernel crashes where channels are last, as which a picture of one pixel counts.
         _, sums_x, sums = torch.ops.aten.native_group_norm_backward(
-            grad, x, *by_group, torch.ones_like(mean), rows, c, h * w, groups, [False, True, True]
+            grad.flatten(2), x.flatten(2), *by_group, torch.ones_like(mean), rows, c, h * w, groups, [False, True, True]
         )
         return sums, sums_x
     wide = grad.to(mean.dtype)

@@ -209,6 +209,24 @@ def test_a_guider_samples_what_the_node_samples(demo: Any, latent: dict[str, Any
     assert torch.equal(results[0][outside], CLIP[outside])
 
 
+def test_a_guider_finds_its_mask_in_context_windows(demo: Any, latent: dict[str, Any]) -> None:
+    """The clip has three frames, and the look for the mask two noise levels."""
+    from comfy import context_windows
+
+    model = demo[0].clone()
+    schedule = context_windows.get_matching_context_schedule("standard_static")
+    fuse = context_windows.get_matching_fuse_method("pyramid")
+    model.model_options["context_handler"] = context_windows.IndexListContextHandler(
+        schedule, fuse, context_length=2, context_overlap=1
+    )
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    mask = out(pack_nodes.EditGuider.execute(model, positive, negative, latent, PRESETS["object"], 5.0))[1]
+    node = pack_nodes.TAVSample.execute(
+        model, positive, negative, latent, STEPS, 5.0, 0.0, 0, "zero", control=PRESETS["object"]
+    )
+    assert torch.equal(mask, out(node)[1]) and 0 < mask.mean() < 1
+
+
 def test_a_guider_hands_a_given_mask_out(demo: Any, latent: dict[str, Any]) -> None:
     _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
     given = torch.zeros(1, 64, 64)

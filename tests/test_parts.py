@@ -393,6 +393,16 @@ def test_half_precision_is_as_exact_as_the_native_norm_at_any_mean(dtype: torch.
         assert off(our, value) < max(1.6 * off(their, value), 6e-6)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1)])
+def test_norms_take_pictures_of_one_pixel(size: tuple[int, int]) -> None:
+    """A clip of 64 x 64 is one pixel on the lowest level of SD 1.5; PyTorch's kernel ended the process there."""
+    x, g, (weight, bias) = torch.randn(4, 8, *size), torch.randn(4, 8, *size), torch.randn(2, 8)
+    ours = norm_and_gradient(lambda x: pooled_group_norm(x, 2, 2, weight, bias, 1e-5), x, g)
+    theirs = norm_and_gradient(lambda x: as_five_d(x, 2, 2, weight, bias), x, g)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "neither"])
 def test_norms_take_any_layout(layout: str) -> None:
     x, g = torch.randn(4, 6, 5, 3), torch.randn(4, 6, 1, 1).expand(-1, -1, 5, 3)

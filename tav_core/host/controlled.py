@@ -18,7 +18,7 @@ from ..control.run import ControlledRun
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
-from .windows import conds_in_window, hints_in_window, window_frames
+from .windows import conds_in_window, for_frames, hints_in_window, window_frames
 
 _KEY = "tune-a-video control"
 # The name of the clip's sentence among a guider's conditionings.
@@ -106,7 +106,11 @@ def find_mask(guider: Any, run: ControlledRun) -> None:
     """Find the mask of a controlled guider before it samples, where one is to be found."""
 
     def look(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], **_: Any) -> Tensor:
-        run.find_mask(_differences(run, model.inner_model, x, sigmas[:1].expand(len(x)), extra_args["model_options"]))
+        options = extra_args["model_options"]
+        # Around the prediction of a sampler's step the inflation does this.
+        if hasattr(handler := options.get("context_handler"), "set_step"):
+            options = {**options, "context_handler": for_frames(handler)}
+        run.find_mask(_differences(run, model.inner_model, x, sigmas[:1].expand(len(x)), options))
         return x
 
     if run.finds_mask:
