@@ -193,6 +193,35 @@ def test_timesteps_without_a_prompt_are_named(pairs: list[tuple[float, float]], 
             pack_nodes.TAVSample.execute(model, ranges(*pairs), PROMPT, invert(model), 5, 3.0, 0.0, 0)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        [],
+        [[None, {}]],
+        [[PROMPT[0][0], None]],
+        [[PROMPT[0][0]]],
+        [PROMPT[0][0]],
+        [None],
+        PROMPT[0][0],
+        {"a": 1},
+        [[[1.0], {}]],
+    ],
+    ids=lambda odd: type(odd).__name__,
+)
+@pytest.mark.parametrize("node", ["tune", "invert", "sample"])
+def test_a_conditioning_that_is_none_is_named(odd: Any, node: str) -> None:
+    """Other packs' nodes give what they like; the host, too, fails on these with Python's words."""
+    model = build_model(UNETS["tiny"]) if node == "tune" else inflated()
+    with pytest.raises(Refusal, match="(conditioning|positive): it is (empty|not made as a CONDITIONING is)"):
+        if node == "tune":
+            pack_nodes.OneShotTune.execute(model, {"samples": CLIP}, odd, 1, 1e-3, 0, "all", "auto", 0, 1.0)
+        elif node == "invert":
+            pack_nodes.DDIMInvert.execute(model, {"samples": CLIP}, odd, 5)
+        else:
+            pack_nodes.TAVSample.execute(model, odd, PROMPT, invert(model), 5, 3.0, 0.0, 0)
+
+
 @pytest.mark.comfyui
 @pytest.mark.parametrize("first", ["compiled", "inflated"])
 def test_a_compiled_model_with_temporal_layers(first: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -74,8 +74,14 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
 
 def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditioning, frames: int) -> None:
     """Refuse a CONDITIONING that the model or the clip cannot take. ``name``: the input's, for the message."""
-    if not conditioning:
+    if conditioning is None or isinstance(conditioning, Sequence) and not conditioning:
         raise Refusal(name, "it is empty", "Connect a CLIP Text Encode node.")
+    if not isinstance(conditioning, Sequence) or not all(map(_is_prompt, conditioning)):
+        raise Refusal(
+            name,
+            "it is not made as a CONDITIONING is: text embeddings, each with its options",
+            "Connect a CLIP Text Encode node, or take out the node between that makes it otherwise.",
+        )
     width = context_width(model)
     for embedding, options in conditioning:
         pooled = options.get("pooled_output")
@@ -115,6 +121,12 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
                 f"{family(model)} needs a pooled text embedding beside the text's own, and here is {found}",
                 "Connect a CLIP Text Encode node with the CLIP of the model's own checkpoint.",
             )
+
+
+def _is_prompt(entry: Any) -> bool:
+    """Say whether an entry of a CONDITIONING is a pair of a text embedding and options."""
+    pair = isinstance(entry, Sequence) and len(entry) == 2
+    return pair and isinstance(entry[0], Tensor) and isinstance(entry[1], Mapping)
 
 
 def _range_without_prompt(conditioning: Conditioning) -> tuple[float, float] | None:
