@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import canvas
+import pack_nodes
 import pytest
 import run_workflow
+import torch
 from workflow_files import (
     FILES,
     Json,
@@ -190,6 +192,19 @@ def test_the_demo_workflows_clip_is_the_demos(monkeypatch: pytest.MonkeyPatch) -
     expected = drawn.images()
     assert loaded.images.shape == expected.shape
     assert (loaded.images - expected).abs().mean() < 0.02
+
+
+@pytest.mark.comfyui
+def test_the_demo_workflow_needs_no_file() -> None:
+    """A new user has neither a checkpoint nor a clip in ComfyUI's folders."""
+    from tune_a_video.tav_core.media.clip import load_clip
+
+    graph = read(workflows.API_FOLDER / "tune-a-video-demo-model.json")
+    values = [value for node in graph.values() for value in node["inputs"].values() if isinstance(value, str)]
+    assert [value for value in values if re.search(r"\.\w{3,11}$", value)] == []
+    images, fps = pack_nodes.LoadDemoModel.execute().result[3:]
+    expected = load_clip(ROOT / "demo" / workflows.DRAWN.file, frame_count=0, width=64, height=64)
+    assert torch.equal(images, expected.images) and fps == expected.fps
 
 
 EXAMPLE = {

@@ -28,8 +28,8 @@ DEMO = "tune-a-video-demo-model"
 EXPECTED = re.compile(r"^404 \S+/docs/TAV_\w+/[\w-]+\.md$")
 
 
-def load_demo(page: Any) -> None:
-    graph = json.loads((workflows.FOLDER / f"{DEMO}.json").read_text(encoding="utf-8"))
+def load_demo(page: Any, name: str = DEMO) -> None:
+    graph = json.loads((workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     wait_until(page, "() => app.graph.nodes.some(n => n.type === 'TAV_OneShotTune')")
     page.evaluate("() => { tav.previews = []; tav.ends = []; }")
@@ -131,7 +131,7 @@ def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
 
 
 def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer, tmp_path: Path) -> None:
-    load_demo(page)
+    load_demo(page, "tune-a-video-step-by-step")
     clip = tmp_path / "my clip.mp4"
     shutil.copy(ROOT / "demo" / workflows.DRAWN.file, clip)
     button = page.evaluate(
