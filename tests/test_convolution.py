@@ -61,8 +61,9 @@ def test_winograds_filtering_gives_the_convolution(
     assert convolution._is_winograd(x, layer)
     out = conv2d(x, layer, layer.weight, layer.bias)
     exact = F.conv2d(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=1)
-    ours, librarys = ((each - exact).abs().max() for each in (out, layer(x)))
-    assert out.is_contiguous() and ours < 2 * librarys, "in float32 no less exact than the library's"
+    assert out.is_contiguous()
+    # The library's own error is of two to six roundings of the largest value, by the algorithm that suits the processor.
+    assert (out - exact).abs().max() < 16 * torch.finfo(torch.float32).eps * exact.abs().max()
     check_gradient(x, layer)
 
 

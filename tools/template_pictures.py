@@ -1,4 +1,6 @@
-"""Draw the workflows in ComfyUI's own front end, for its template browser: NAME.jpg beside NAME.json.
+"""Draw workflows in ComfyUI's own front end, for its template browser: NAME.jpg beside NAME.json.
+
+Only those of which `tools/workflow_runs.py` has no result to show, unless they are named.
 
     python tools/template_pictures.py [--comfyui PATH] [--browser PATH] [NAME ...]
 
@@ -18,6 +20,7 @@ import browser
 import engine
 from host_server import HostServer
 from PIL import Image
+from workflow_runs import SENTENCES
 
 import workflows
 
@@ -66,7 +69,7 @@ def picture(page: Page, name: str) -> Image.Image:
 def main() -> None:
     """Write workflows/*.jpg."""
     parser = argparse.ArgumentParser(description="Draw the pack's workflows in ComfyUI's own front end.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: those without a result")
     parser.add_argument("--comfyui", metavar="PATH", help="default: $COMFYUI_PATH, else ~/comfy/ComfyUI")
     parser.add_argument("--browser", metavar="PATH", help="default: the Chromium on the PATH")
     options = parser.parse_args()
@@ -84,7 +87,7 @@ def draw(options: argparse.Namespace, comfyui: Path, base: Path) -> None:
         HostServer(comfyui, base, {workflows.PACK: workflows.ROOT}) as server,
         browser.open_page(server.port, *VIEW, path=options.browser) as page,
     ):
-        for name in options.names or workflows.WORKFLOWS:
+        for name in options.names or [name for name in workflows.WORKFLOWS if name not in SENTENCES]:
             picture(page, name).save(workflows.FOLDER / f"{name}.jpg", quality=85, optimize=True)
             print(name, flush=True)
 

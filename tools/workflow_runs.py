@@ -1,9 +1,10 @@
 """Run the workflows on a real ComfyUI with the demo's model and clip in place of a checkpoint and a film.
 
-    python tools/workflow_runs.py [--comfyui PATH] [--to FOLDER] [NAME ...]
+    python tools/workflow_runs.py [--comfyui PATH] [--to FOLDER] [--thumbnails FOLDER] [NAME ...]
 
-Prints the seconds of each and writes its videos, frame by frame, to FOLDER/NAME.jpg for docs/workflows.md. Workflows
-with a LoRA, a ControlNet or a T2I-Adapter are left out: there are none for this model (tests/host runs them).
+Prints the seconds of each and writes its videos, frame by frame, to FOLDER/NAME.jpg for docs/workflows.md, and the clip
+and its first edit to workflows/NAME.jpg for ComfyUI's template browser. Workflows with a LoRA, a ControlNet or a
+T2I-Adapter are left out: there are none for this model (tests/host runs them).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SIDE, FILMED = 64, 512
 DEMO, ITS_OWN = "tune-a-video-demo-model", ("steps", "learning_rate")
 # Guidance 5 has the effect on this model's pictures that 12.5 has on Stable Diffusion's.
 GUIDANCE = 0.4
+THUMBNAIL = (1200, 675)
 WINDOW = {"length": 4, "context_length": 4, "context_overlap": 1}
 # Sentences that the demo's model knows, in place of a workflow's own.
 SENTENCES = {
@@ -52,6 +54,14 @@ SENTENCES = {
         "edit prompt 2": "a purple heart on the sand, painting style",
         "edit prompt 3": "a blue heart on the night sky, painting style",
         "edit prompt 4": "a blue heart on the sand, pencil style",
+    },
+    "tune-a-video-keep-background": {"edit prompt": "a green star on the sand, painting style"},
+    "tune-a-video-change-colour": {"edit prompt": "a yellow heart on the sand, painting style"},
+    "tune-a-video-add-what-moves-along": {"edit prompt": "a blue heart with a hat on the sand, painting style"},
+    "tune-a-video-many-prompts-one-control": {
+        "edit 1": "a green star on the sand, painting style",
+        "edit 2": "a red circle on the sand, painting style",
+        "edit 3": "a purple cross on the sand, painting style",
     },
     "tune-a-video-saved-motion": {"edit prompt": "a blue cross on the sand, painting style"},
     "tune-a-video-masked-edit": {"edit prompt": "a purple heart on the snow, painting style"},
@@ -95,7 +105,8 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
     elif kind == "CLIPTextEncode":
         inputs["text"] = sentences.get(node["_meta"]["title"], inputs["text"])
     elif kind == "TAV_EditPrompt":
-        inputs.update(source=sentences["source prompt"], edit=sentences["edit prompt"])
+        edit = sentences.get(node["_meta"]["title"]) or sentences["edit prompt"]
+        inputs.update(source=sentences["source prompt"], edit=edit)
     elif kind == "TAV_LoadMotion":
         inputs["file"] = motion
     elif kind == "TAV_LoadVideo":
@@ -110,10 +121,8 @@ def _fit(node: dict[str, Any], sentences: dict[str, str], motion: str | None) ->
         inputs["guidance"] *= GUIDANCE
 
 
-def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> Any:
-    """Draw the source and every saved video, frame by frame."""
-    from PIL import Image
-    from tune_a_video.tav_core.media import pictures
+def videos(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the source and every saved video: caption and frames."""
     from tune_a_video.tav_core.media.clip import load_clip
 
     def frames(path: Path) -> Any:
@@ -127,8 +136,29 @@ def sheet(server: HostServer, name: str, graph: Graph, outputs: dict[str, Any]) 
         (saved,) = outputs[key]["images"]
         path = server.output_folder / saved["subfolder"] / saved["filename"]
         rows.append((next(captions, path.stem), frames(path)))
-    array = pictures.contact_sheet(rows, side=96)[0].mul(255).round().byte().numpy()
-    return Image.fromarray(array)
+    return rows
+
+
+def sheet(rows: list[tuple[str, Any]], side: int) -> Any:
+    """Draw videos frame by frame, a row each."""
+    from PIL import Image
+    from tune_a_video.tav_core.media import pictures
+
+    return Image.fromarray(pictures.contact_sheet(rows, side)[0].mul(255).round().byte().numpy())
+
+
+def thumbnail(rows: list[tuple[str, Any]]) -> Any:
+    """Draw four frames of the source and of the first edit, for the template browser."""
+    from PIL import Image
+
+    source, edit = rows[0][1], rows[1][1]
+    if edit.shape[2] > edit.shape[1]:  # the demo's video has the source on its left
+        edit = edit[:, :, edit.shape[2] // 2 :]
+    at = [round(place * (len(source) - 1) / 3) for place in range(4)]
+    drawn = sheet([(rows[0][0], source[at]), (rows[1][0], edit[at])], THUMBNAIL[0] // 4 - 10)
+    picture = Image.new("RGB", THUMBNAIL, "white")
+    picture.paste(drawn, ((THUMBNAIL[0] - drawn.width) // 2, max((THUMBNAIL[1] - drawn.height) // 2, 0)))
+    return picture
 
 
 def _joined(graph: Graph, node: dict[str, Any]) -> bool:
@@ -142,6 +172,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=list(SENTENCES), metavar="NAME")
     parser.add_argument("--comfyui")
     parser.add_argument("--to", type=Path, default=engine.PACK_ROOT / "docs" / "workflows")
+    parser.add_argument("--thumbnails", type=Path, default=workflows.FOLDER)
     options = parser.parse_args()
     comfyui = engine.find_comfyui(options.comfyui)
     if comfyui is None:
@@ -155,7 +186,9 @@ def main() -> int:
         for name in options.names:
             graph = fitted(name, motion)
             result = server.run(graph).raise_for_error()
-            sheet(server, name, graph, result.outputs).save(options.to / f"{name}.jpg", quality=85)
+            rows = videos(server, name, graph, result.outputs)
+            sheet(rows, side=96).save(options.to / f"{name}.jpg", quality=85)
+            thumbnail(rows).save(options.thumbnails / f"{name}.jpg", quality=85, optimize=True)
             print(f"{name}: {result.seconds:.0f} s", flush=True)
             saved = sorted(path.name for path in server.models_folder("tav").glob("*.safetensors"))
             motion = motion or next(iter(saved), None)
