@@ -62,7 +62,7 @@ def test_winograds_filtering_gives_the_convolution(
     out = conv2d(x, layer, layer.weight, layer.bias)
     exact = F.conv2d(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=1)
     assert out.is_contiguous()
-    # The library's own error is of two to six roundings of the largest value, by the algorithm that suits the processor.
+    # The library errs by two to six roundings of the largest value, by the algorithm that suits the processor.
     assert (out - exact).abs().max() < 16 * torch.finfo(torch.float32).eps * exact.abs().max()
     check_gradient(x, layer)
 

@@ -70,7 +70,7 @@ SENTENCES = {
         "edit prompt, guidance 7.5": "a blue star on the sand, painting style",
         "edit prompt, guidance 12.5": "a blue star on the sand, painting style",
     },
-    DEMO: {},
+    DEMO: {"edit prompt": "a blue star on the sand, painting style"},
 }
 Graph = dict[str, dict[str, Any]]
 

@@ -121,13 +121,12 @@ def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
     page.evaluate("() => { tav.previews = []; tav.ends = []; }")
     run(page)
     wait_until(page, seen, tune)
-    assert "goes on after step" in server.log()
+    assert "resumes after step" in server.log()
     page.mouse.click(*browser.widget_point(page, "TAV_OneShotTune", "stop"))
     page.get_by_text("its weights are kept").first.wait_for()
     shot("stopped")
     wait_until(page, "() => tav.ends.length")
     assert page.evaluate("tav.ends[0]") == ["execution_success", ""]
-    assert "because it was told to; its weights are kept" in server.log()
 
 
 def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer, tmp_path: Path) -> None:
