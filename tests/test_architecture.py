@@ -69,7 +69,7 @@ def floor(name: str) -> int | None:
 def test_only_the_host_room_and_the_demos_model_import_comfy(name: str) -> None:
     asked = {each.partition(".")[0] for each in imports(name, MODULES[name])}
     assert name.startswith(("tav_core.host", "tav_core.tiny_sd")) or not asked & {"comfy", "comfy_extras"}
-    # What the host offers to nodes.
+    # Nodes may also import these modules of the host.
     assert name.startswith(("tav_core.host", "tav_core.tiny_sd", "nodes")) or not asked & {
         "comfy_api",
         "folder_paths",

@@ -146,30 +146,32 @@ def test_a_cancel_is_heard_while_a_reader_is_silent(tmp_path: Path, monkeypatch:
     assert threading.active_count() <= threads
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the stand-in for ffmpeg is a shell script")
-@pytest.mark.parametrize("format", ["mp4", "gif"])
-def test_a_cancel_is_heard_while_the_encoder_has_all_frames(
-    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An encoder that takes all frames and does not end. Windows starts no script in place of a program."""
+    if os.name != "posix":
+        pytest.skip("the stand-in for ffmpeg is a shell script")
     slow = tmp_path / "ffmpeg"
     slow.write_text("#!/bin/sh\ncat > /dev/null\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr(encode, "_ffmpeg", lambda: str(slow))
+    return slow
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif"])
+def test_a_cancel_is_heard_while_the_encoder_has_all_frames(format: str, tmp_path: Path, slow_ffmpeg: Path) -> None:
     with cancelled_soon():
         node("SaveVideo").execute(FRAMES, 8.0, "clip", format, 80)
-    assert files(tmp_path) == [slow]
+    assert files(tmp_path) == [slow_ffmpeg]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the stand-in for ffmpeg is a shell script")
-def test_an_encoder_that_never_ends_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = tmp_path / "ffmpeg"
-    slow.write_text("#!/bin/sh\ncat > /dev/null\nexec sleep 60\n")
-    slow.chmod(0o755)
-    monkeypatch.setattr(encode, "_ffmpeg", lambda: str(slow))
+def test_an_encoder_that_never_ends_is_one_sentence(
+    tmp_path: Path, slow_ffmpeg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encode, "ENCODE_LIMIT", 0.5)
     with pytest.raises(RuntimeError, match=r"did not finish clip.mp4 within .* Save fewer frames at a time"):
         encode.save_clip(FRAMES, 8.0, tmp_path / "clip.mp4")
-    assert files(tmp_path) == [slow]
+    assert files(tmp_path) == [slow_ffmpeg]
 
 
 def test_outside_of_a_node_nothing_is_cancelled() -> None:

@@ -184,7 +184,7 @@ def corners(width: int, height: int) -> np.ndarray:
 
 
 def quarters(image: Tensor) -> str:
-    """What the quarters of [h, w, 3] show, by the first letters of their colours, row by row."""
+    """Return the first letters of the colours of an image's four quarters [h, w, 3], row by row."""
     height, width = image.shape[:2]
     found = ""
     for y in (height // 4, 3 * height // 4):

@@ -190,7 +190,7 @@ def test_guidance_1_leaves_the_negative_out(edit: Edit) -> None:
 
 
 def windowed(model: Any, length: int, shift: int = 0) -> Any:
-    """The same MODEL, which sees so many frames at a time; ``shift``: of the windows, which are looped then."""
+    """Return the MODEL with context windows of ``length`` frames. With a ``shift``, the windows move by it and loop."""
     from comfy import context_windows
 
     def schedule(count: int, handler: Any, model_options: Any) -> list[list[int]]:

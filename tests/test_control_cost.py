@@ -91,7 +91,7 @@ def on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def kept_megabytes(evaluator: Evaluator, control: Control) -> float:
-    """What a step keeps of the clip at 24 frames of 512x512 in fp16."""
+    """Return the megabytes that a step keeps of a clip of 24 frames, 512x512, in fp16."""
     step = step_of(control, 24)
     evaluator.run(24, [0], Call(step, True, tuple(range(24))))
     return sum(kept.numel() * kept.element_size() for kept in step.kept.values()) / 1e6

@@ -202,7 +202,7 @@ def test_an_end_from_outside_ends_all_workers_within_seconds(tmp_path: Path, how
     while any(map(is_running, children)) and time.monotonic() - started < 5:
         time.sleep(0.05)
     assert len(children) == 2 and not any(map(is_running, children))
-    # What is there is whole, but for pictures that a later run removes.
+    # Every edit on disk is whole, except for pictures that a later run removes.
     results.remove_unfinished(tmp_path)
     folders = [path for path in tmp_path.iterdir() if "-" in path.name]
     assert 3 <= len(folders) < 160 and all(len(list(folder.iterdir())) == 2 for folder in folders)

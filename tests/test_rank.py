@@ -53,7 +53,7 @@ def tuned(model: Any, steps: int = 3, start: Motion | None = None, **settings: A
 
 
 def whole_float32(motion: Motion, model: Any) -> Motion:
-    """What a motion of low rank stands for, without the rounding of ``expand``."""
+    """Return a low-rank motion as whole matrices in float32; ``expand`` would round them."""
     initial = initial_temporal(host.unet_of(model), lambda path: True, int(motion.metadata[SEED_KEY]))
     tensors = {key: value for key, value in motion.tensors.items() if not key.endswith((UP, DOWN))}
     for key, up in motion.tensors.items():

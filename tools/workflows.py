@@ -164,7 +164,7 @@ def write_stand_ins(base: Path) -> None:
     graphs = [json.loads(path.read_text(encoding="utf-8")) for path in API_FOLDER.glob("*.json")]
     nodes = [node["inputs"] for graph in graphs for node in graph.values() if node["class_type"] == "TAV_LoadVideo"]
     (base / "input").mkdir(parents=True, exist_ok=True)
-    for name in {inputs["file"] for inputs in nodes}:
+    for name in {DRAWN.file, *(inputs["file"] for inputs in nodes)}:
         shutil.copy(ROOT / "demo" / DRAWN.file, base / "input" / name)
     for folder, names in MODEL_FILES.items():
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,15 @@ function inside(holder) {
     return holder.subgraph.nodes.filter((each) => each.comfyClass?.startsWith("TAV_"));
 }
 
+// Subgraphs without a node of ours are none of our business.
+function isOurs(holder) {
+    return Boolean(holder.graph) && !isOlder(holder) && inside(holder).length > 0;
+}
+
+function widgetNamed(holder, name) {
+    return holder.widgets?.find((each) => each.name === name);
+}
+
 // The widgets of the inner nodes that an input of a subgraph's node sets.
 function sources(holder, input) {
     const slot = holder.subgraph.inputs?.find((each) => each.name === input.name);
@@ -105,7 +114,7 @@ function sources(holder, input) {
 // [widget of the subgraph's node, widgets that it sets].
 function promoted(holder) {
     return holder.inputs.flatMap((input) => {
-        const widget = holder.widgets.find((each) => each.name === input.widget?.name);
+        const widget = widgetNamed(holder, input.widget?.name);
         return widget ? [[widget, sources(holder, input)]] : [];
     });
 }
@@ -120,7 +129,7 @@ function explainInputs(holder) {
 // Unpacking takes the inner nodes' own values, and a clip is played from them; the page leaves them as the pack brought
 // them.
 function passInside(holder) {
-    if (isOlder(holder)) return;
+    if (!isOurs(holder)) return;
     for (const [widget, inner] of promoted(holder))
         for (const each of inner) {
             if (each.value === widget.value) continue;
@@ -130,14 +139,14 @@ function passInside(holder) {
 }
 
 function complete(holder) {
-    if (!holder.graph || isOlder(holder) || !inside(holder).length) return;
+    if (!isOurs(holder)) return;
     for (const node of inside(holder)) {
-        const button = node.widgets?.find((each) => each.name === BUTTONS[node.comfyClass]);
+        const button = widgetNamed(node, BUTTONS[node.comfyClass]);
         if (!button) continue;
         // The page made an input of the button, which does nothing.
         const slot = holder.subgraph.inputs.find(({ name, type }) => name === button.name && type === "IMAGEUPLOAD");
         if (slot) holder.subgraph.removeInput(slot);
-        if (holder.widgets.some((each) => each.pressedFor === node)) continue;
+        if (holder.widgets?.some((each) => each.pressedFor === node)) continue;
         const pressed = async (value, canvas) => {
             await button.callback(value, canvas, holder);
             for (const [widget, inner] of promoted(holder)) {
@@ -148,8 +157,8 @@ function complete(holder) {
         const own = holder.addWidget("button", button.name, null, pressed, { serialize: false });
         Object.assign(own, { label: button.label, tooltip: button.tooltip, serialize: false, pressedFor: node });
     }
-    if (inside(holder).some((each) => SHOWING.includes(each.comfyClass)) && !holder.widgets.some((w) => w.name === NAME))
-        addPicture(holder, () => inside(holder).filter((each) => SHOWING.includes(each.comfyClass)));
+    const showing = () => inside(holder).filter((each) => SHOWING.includes(each.comfyClass));
+    if (showing().length && !widgetNamed(holder, NAME)) addPicture(holder, showing);
     // The last, since the page makes the widgets anew when an input goes.
     explainInputs(holder);
 }
