@@ -12,6 +12,7 @@ import torch
 from hints import controlnet, t2i_adapter
 from torch import Tensor
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.control import injection
 from tune_a_video.tav_core.control.settings import LAYERS, PRESETS, Control, at_strength
 from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.control.words import WORDS_KEY, EditWords
@@ -235,6 +236,44 @@ def test_in_context_windows_hints_and_masks_of_clip_and_edit_follow(shared: bool
         for shift in (0, 3):
             model = windowed(edit.model, 2, shift)
             assert off(edit.run(control, positive=positive, trajectory=trajectory, model=model), whole) < 1e-4
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("levers", [("self",), ("cross",), ("feature",), ("self", "cross", "feature")])
+def test_the_clip_is_evaluated_no_further_than_is_kept_of_it(
+    any_edit: Edit, levers: tuple[str, ...], layers: Any, windows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = {f"{lever}_share": 0.8 for lever in levers}
+    control = Control(layers=layers, blend_start=0.2, mask=MASK, free_inside=True, **shares)
+    model = windowed(any_edit.model, 2, shift=1) if windows else any_edit.model
+    ends: list[int] = []
+    head, forward = any_edit.model.model.diffusion_model.out, torch.nn.Sequential.forward
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        if self is head:
+            ends.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Sequential, "forward", counted)
+    short = any_edit.run(control, model=model)
+    reached = len(ends)
+    monkeypatch.setattr(injection, "shortcut", lambda *_: (None, []))
+    assert torch.equal(short, any_edit.run(control, model=model))
+    assert 0 < reached < len(ends) - reached
+
+
+def test_with_deep_shrink_the_clip_is_evaluated_whole(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes the size of latents midway, so that layers are at half size which are not so otherwise."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    node: Any = PatchModelAddDownscale()
+    patch = getattr(node, "patch", None) or node.execute
+    model = patch(edit.model, 1, 2.0, 0.0, 1.0, False, "bicubic", "bicubic")[0]
+    control = Control(self_share=1.0, layers="half size and below")
+    controlled = edit.run(control, model=model)
+    monkeypatch.setattr(injection, "shortcut", lambda *_: (None, []))
+    assert torch.equal(controlled, edit.run(control, model=model))
 
 
 def test_a_mask_is_found_and_handed_out(any_edit: Edit) -> None:

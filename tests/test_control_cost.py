@@ -167,8 +167,10 @@ def flops(evaluator: Evaluator, control: Control | None) -> int:
 
 
 @pytest.mark.parametrize("preset", KINDS)
-def test_a_step_takes_155_percent_under_control_and_100_afterwards(evaluator: Evaluator, preset: str) -> None:
+def test_a_step_takes_148_percent_under_control_and_100_afterwards(evaluator: Evaluator, preset: str) -> None:
+    """The clip's evaluation is half of a plain step, and ends where nothing of it is kept any more."""
     plain = flops(evaluator, None)
-    assert 1.45 < flops(evaluator, PRESETS[preset]) / plain <= 1.55
+    most = 1.36 if "half size" in PRESETS[preset].layers else 1.48
+    assert most - 0.05 < flops(evaluator, PRESETS[preset]) / plain <= most
     over = replace(PRESETS[preset], self_share=0.0, cross_share=0.0, feature_share=0.0)
     assert flops(evaluator, over) == plain

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..inflate import Layout, Swap
 from .blend import grid
 from .settings import Control, Layers
+from .shortcut import shortcut
 from .words import EditWords
 
 # (queries, keys, name of the keys) -> the self-attention's output for them.
@@ -112,17 +113,22 @@ class Call:
     source: bool
     frames: tuple[int, ...]
 
-    def bound(self, layout: Layout, x: Tensor, conds: Sequence[int]) -> BoundCall:
-        """Bind the call to a batch. ``conds``: the number of each chunk's conditioning, 0 for the positive one."""
-        return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), [cond == 0 for cond in conds])
+    def bound(self, layout: Layout, x: Tensor, conds: Sequence[int], resized: bool = False) -> BoundCall:
+        """Bind the call to a batch. ``conds``: the number of each chunk's conditioning, 0 for the positive one.
+
+        ``resized``: another pack may change the latent's size midway.
+        """
+        return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), [cond == 0 for cond in conds], resized)
 
 
 class BoundCall:
     """The controlled layers of one evaluation, for a batch of known layout and size."""
 
-    def __init__(self, call: Call, layout: Layout, size: tuple[int, int], positive: list[bool]) -> None:
+    def __init__(
+        self, call: Call, layout: Layout, size: tuple[int, int], positive: list[bool], resized: bool = False
+    ) -> None:
         self._source, self._frames, self._step = call.source, call.frames, call.step
-        self._layout, self._size, self._positive = layout, size, positive
+        self._layout, self._size, self._positive, self._resized = layout, size, positive, resized
 
     def self_attention(self, path: str, q: Tensor, k: Tensor, attend: Attend) -> Tensor:
         """Attend with the clip's queries and keys in controlled layers; q and k are [chunks * frames * tiles, n, c].
@@ -130,11 +136,10 @@ class BoundCall:
         out = M attend(q, k, v) + (1 - M) attend(clip's q, clip's k, v), M the mask: two fused calls, no map is written,
         each for the places that its share is not 0 in.
         """
-        if not self._step.injects_self or not self._is_controlled(path, q.shape[1]):
+        if not self._keeps(path, self._halvings(q.shape[1])):
             return attend(q, k, "k")
         if self._source:
-            self._keep((path, "q", q.shape[1]), q)
-            self._keep((path, "k", k.shape[1]), k)
+            self._keep_self(path, q, k)
             return attend(q, k, "k")
         source_q, source_k = self._kept((path, "q", q.shape[1]), q), self._kept((path, "k", k.shape[1]), k)
         if source_q is None or source_k is None:
@@ -146,14 +151,23 @@ class BoundCall:
         clips = mixed.outside(source_q, lambda q: attend(q, source_k, "k of the clip"))
         return torch.lerp(clips, own, mixed.mask.to(own))
 
-    def swaps(self, blocks: Mapping[str, Any], attend: Callable[..., Tensor]) -> list[Swap]:
+    def swaps(self, unet: Any, blocks: Mapping[str, Any], attend: Callable[..., Tensor]) -> list[Swap]:
         """Return forwards for cross-attentions that attend to the words that stay as the clip does.
 
-        ``blocks``: the UNet's transformer blocks by path.
+        In an evaluation of the clip, also for the layers after the last one that is kept. ``blocks``: the UNet's
+        transformer blocks by path.
         """
-        if not self._step.injects_cross:
-            return []
-        return [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
+        swaps: list[Swap] = []
+        if self._step.injects_cross:
+            swaps += [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
+        if self._source and not self._resized:
+            step = self._step
+            feature = feature_layer(unet) if step.injects_feature else None
+            last, after = shortcut(unet, self._keeps, step.injects_cross, feature)
+            swaps += after
+            if last is not None:
+                swaps.append((blocks[last].attn1, self._queries_and_keys(last, blocks[last].attn1)))
+        return swaps
 
     @contextmanager
     def hooks(self, unet: Any) -> Iterator[None]:
@@ -178,7 +192,7 @@ class BoundCall:
             def out_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return attend(q, k, v, attn.heads, **options)
 
-            halvings = (grid(q.shape[1], *self._size) or (0, 0, 0))[2]
+            halvings = self._halvings(q.shape[1])
             if halvings >= 1 and self._source:
                 self._keep((path, "cross q", q.shape[1]), q)
                 self._keep((path, "cross k", self._size), k)
@@ -220,9 +234,23 @@ class BoundCall:
             return None
         return self._kept(key, output)
 
-    def _is_controlled(self, path: str, tokens: int) -> bool:
+    def _queries_and_keys(self, path: str, attn: Any) -> Callable[..., Tensor]:
+        def forward(x: Tensor, context: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+            self._keep_self(path, attn.to_q(x), attn.to_k(x if context is None else context))
+            return x
+
+        return forward
+
+    def _halvings(self, tokens: int) -> int:
         found = grid(tokens, *self._size)
-        return in_layers(self._step.control.layers, path, 0 if found is None else found[2])
+        return 0 if found is None else found[2]
+
+    def _keeps(self, path: str, halvings: int) -> bool:
+        return self._step.injects_self and in_layers(self._step.control.layers, path, halvings)
+
+    def _keep_self(self, path: str, q: Tensor, k: Tensor) -> None:
+        self._keep((path, "q", q.shape[1]), q)
+        self._keep((path, "k", k.shape[1]), k)
 
     def _keep(self, key: Any, x: Tensor) -> None:
         """Keep the clip's rows; further prompts of the same clip in the batch are left out."""

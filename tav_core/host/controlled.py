@@ -38,7 +38,9 @@ def control_of(layout: Layout, x: Tensor, transformer_options: Mapping[str, Any]
         raise Refusal(
             "control", "it cannot follow tiles that another pack stacks on the batch", "Take the tiles off the model."
         )
-    return call.bound(layout, x, conds)
+    # Kohya's Deep Shrink is such a patch.
+    patches = transformer_options.get("patches") or {}
+    return call.bound(layout, x, conds, resized=any(name.startswith("input_block_patch") for name in patches))
 
 
 def controlled_guider(

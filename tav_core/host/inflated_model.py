@@ -265,7 +265,7 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
             swaps = [*forwards.on_cpu, *swaps]
         hooks: AbstractContextManager[None] = nullcontext()
         if control is not None:
-            swaps = [*swaps, *control.swaps(forwards.parts.blocks, backend.attend)]
+            swaps = [*swaps, *control.swaps(unet, forwards.parts.blocks, backend.attend)]
             hooks = control.hooks(unet)
         with forwards.evaluation.of(evaluation), swapped(swaps), hooks:
             yield
