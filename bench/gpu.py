@@ -167,7 +167,7 @@ def dynamic_vram(scale: Scale) -> Iterator[Row]:
     import engine
     import on_host
     from host_server import HostServer
-    from job import EDITS, save_source
+    from job import save_source, takes
 
     comfyui = engine.find_comfyui()
     if comfyui is None or "--disable-dynamic-vram" not in (comfyui / "comfy" / "cli_args.py").read_text():
@@ -180,7 +180,7 @@ def dynamic_vram(scale: Scale) -> Iterator[Row]:
             packs = {"tune-a-video": ROOT}
             with HostServer(comfyui, Path(folder), packs, arguments=[flag], cpu=False) as server:
                 before = server.get("/system_stats")["devices"][0]["vram_free"]
-                result = server.run(on_host.graph(EDITS[0])).raise_for_error()
+                result = server.run(on_host.graph(takes()[0])).raise_for_error()
                 after = server.get("/system_stats")["devices"][0]["vram_free"]
             yield {
                 "flag": flag,

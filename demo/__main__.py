@@ -1,4 +1,4 @@
-"""python demo: one clip, one tuning, four edits; videos, contact sheet and measured table in demo-output/.
+"""python demo: one clip, one tuning, four edits, plain and controlled; videos and measured table in demo-output/.
 
 python demo train: trains the demo's model from nothing. python demo check: has it draw 300 prompts and judges them.
 """
@@ -150,9 +150,9 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     with torch.inference_mode():
         table = job.results(folder, tiny_sd.load()[2])
     rows = [(f"source: {job.CLIP.prompt}", job.CLIP.images())]
-    for edit in job.EDITS:
-        frames = load_clip(folder / job.edit_file(edit), frame_count=0, resize="keep").images
-        rows.append((f"{edit.kind}: {edit.prompt}", job.reduced(frames)))
+    for take in job.takes():
+        frames = load_clip(folder / take.file, frame_count=0, resize="keep").images
+        rows.append((f"{take.name}: {take.edit.prompt}", job.reduced(frames)))
     sheet = (pictures.contact_sheet(rows)[0] * 255).round().byte().numpy()
     Image.fromarray(sheet).save(folder / job.CONTACT_SHEET)
     report: dict[str, Any] = {
@@ -183,14 +183,16 @@ def _done(output: Path, files: list[str], made_from: str) -> bool:
 def _show(report: dict[str, Any], output: Path) -> None:
     """The table, the paths, and what to do next."""
     print(f"\nsource: {report['source_prompt']}")
-    shown = {"edit right": ".0%", "all right": ".0%", "look agreement": ".0%", "path, px off": ".1f"}
-    print(f"{'edit':<20}" + "".join(f"{name:>16}" for name in shown) + "  prompt")
+    shown = {"edit right": ".0%", "look agreement": ".0%", "path, px off": ".1f"}
+    shown |= {"background loss, dB": ".1f", "warp error": ".3f"}
+    print(f"{'edit':<31}" + "".join(f"{name:>21}" for name in shown) + "  prompt")
     for row in report["edits"]:
-        cells = (format(row[name], form) for name, form in shown.items())
-        print(f"{row['edit']:<20}" + "".join(f"{cell:>16}" for cell in cells) + f"  {row['prompt']}")
+        cells = ("-" if row[name] is None else format(row[name], form) for name, form in shown.items())
+        print(f"{row['edit']:<31}" + "".join(f"{cell:>21}" for cell in cells) + f"  {row['prompt']}")
     print(
         "(shares of frames, judged from their pixels; path: distance of the sprite from where it should be;\n"
-        "look agreement: frames with the commonest pattern, second colour and shade)\n"
+        "look agreement: frames with the commonest pattern, second colour and shade; background loss: what its PSNR against\n"
+        "the clip lacks to the autoencoder's round trip; warp error: flicker. Controlled: Edit Control's preset)\n"
     )
     for file in sorted(output.iterdir()):
         if not file.name.startswith("."):

@@ -1,4 +1,4 @@
-"""The demo's job: one drawn clip, one sentence for it, four edits; what is measured of them and kept."""
+"""The demo's job: one drawn clip, one sentence for it, four edits, plain and controlled; what is kept of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import comfy.model_patcher
 import torch
 from clips import CLIPS, FPS, Edit, edits
 from study import Settings, measure, source_of
@@ -16,9 +17,9 @@ from tune_a_video.tav_core.media.clip import load_clip
 from tune_a_video.tav_core.media.encode import save_clip
 
 CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
-# Kind of an edit of the clip -> its name in files.
-NAMES = {"object, patterned": "object", "colour, neighbour": "colour", "background": "background", "style": "style"}
-EDITS = tuple(edit for edit in edits(CLIP) if edit.kind in NAMES)
+# Kind of an edit of the clip -> the preset of Edit Control for it, which is its name in files as well.
+PRESETS = {"object, patterned": "object", "colour, neighbour": "colour", "background": "background", "style": "style"}
+EDITS = tuple(edit for edit in edits(CLIP) if edit.kind in PRESETS)
 SETTINGS = Settings()
 SEED = 0
 # Saved videos are enlarged by this: each pixel of the tiny model is a square of them.
@@ -30,19 +31,42 @@ MOTION = "motion.safetensors"
 REPORT = "report.json"
 
 
-def edit_file(edit: Edit) -> str:
-    """Return the name of an edit's video."""
-    return f"edit-{NAMES[edit.kind]}.mp4"
+class Take(NamedTuple):
+    """One way of making an edit: plain sampling, or ``controlled`` by its preset at the default strength."""
+
+    edit: Edit
+    controlled: bool = False
+
+    @property
+    def name(self) -> str:
+        """Say which edit it is, and how it is made."""
+        return f"{self.edit.kind}, controlled" if self.controlled else self.edit.kind
+
+    @property
+    def preset(self) -> str:
+        """Return the preset of Edit Control for the edit."""
+        return PRESETS[self.edit.kind]
+
+    @property
+    def file(self) -> str:
+        """Return the name of its video."""
+        return f"edit-{self.preset}{'-controlled' if self.controlled else ''}.mp4"
+
+
+def takes() -> list[Take]:
+    """Return what is made of each edit; engines before 2025 have no wrappers, which edit control needs."""
+    ways = [False, True] if hasattr(comfy.model_patcher.ModelPatcher, "add_wrapper_with_key") else [False]
+    return [Take(edit, controlled) for edit in EDITS for controlled in ways]
 
 
 def files() -> list[str]:
     """Return all that the job leaves, the report last."""
-    return [SOURCE_FILE, LOSS_CURVE, MOTION, *map(edit_file, EDITS), CONTACT_SHEET, REPORT]
+    return [SOURCE_FILE, LOSS_CURVE, MOTION, *(take.file for take in takes()), CONTACT_SHEET, REPORT]
 
 
 def fingerprint(*sources: Path) -> str:
     """Hash everything that decides the results; when it changes, they are made again."""
-    decides = [asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt, [edit.prompt for edit in EDITS]]
+    decides = [asdict(SETTINGS), SEED, CLIP.name, CLIP.prompt, [(take.file, take.edit.prompt) for take in takes()]]
     digest = hashlib.sha256(json.dumps(decides).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -63,10 +87,10 @@ def results(folder: Path, vae: Any) -> list[dict[str, Any]]:
     """Measure the videos in a folder, from the files themselves. ``vae``: the demo model's."""
     source = source_of(CLIP, vae)
     found = []
-    for edit in EDITS:
-        frames = reduced(load_clip(folder / edit_file(edit), frame_count=0, resize="keep").images)
-        measured = measure(source, frames, CLIP, edit)
-        found.append({"edit": edit.kind, "prompt": edit.prompt, "file": edit_file(edit), **measured})
+    for take in takes():
+        frames = reduced(load_clip(folder / take.file, frame_count=0, resize="keep").images)
+        measured = measure(source, frames, CLIP, take.edit)
+        found.append({"edit": take.name, "prompt": take.edit.prompt, "file": take.file, **measured})
     return found
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from clips import FPS
-from job import CLIP, EDITS, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file, enlarged
+from job import CLIP, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, enlarged, takes
 from PIL import Image
 from progress import Bar
 from tune_a_video.tav_core import host, pipeline
+from tune_a_video.tav_core.control.blend import composited
+from tune_a_video.tav_core.control.settings import PRESETS
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.media import pictures
 from tune_a_video.tav_core.media.clip import load_clip
@@ -36,7 +38,7 @@ def run(folder: Path) -> dict[str, float]:
         model, clip, vae = tiny_sd.load()
         frames = load_clip(folder / SOURCE_FILE, frame_count=0, width=SIZE, height=SIZE, resize="crop to fill").images
         latent = vae.encode(frames)
-        source, empty = tiny_sd.encode(clip, CLIP.prompt), tiny_sd.encode(clip, "")
+        source = tiny_sd.encode(clip, CLIP.prompt)
 
         started = time.monotonic()
         tuning = TuneSettings(steps=SETTINGS.tune_steps, learning_rate=SETTINGS.learning_rate, seed=SEED)
@@ -56,23 +58,30 @@ def run(folder: Path) -> dict[str, float]:
         tuned = host.inflate_model(model, Inflation(), motion)
         started = time.monotonic()
         bar = Bar("inversion", SETTINGS.ddim_steps)
-        inverted = pipeline.invert(tuned, latent, source, SETTINGS.ddim_steps, lambda step, *_: bar.show(step + 1))
+        inverted, trajectory = pipeline.invert_and_keep(
+            tuned, latent, source, SETTINGS.ddim_steps, lambda step, *_: bar.show(step + 1)
+        )
         seconds["inversion"] = time.monotonic() - started
-        for edit in EDITS:
-            if (folder / edit_file(edit)).exists():
+        for take in takes():
+            if (folder / take.file).exists():
                 continue
             started = time.monotonic()
-            bar = Bar(f"sampling: {edit.prompt}", SETTINGS.ddim_steps)
-            prompt = tiny_sd.encode(clip, edit.prompt)
+            bar = Bar(f"sampling: {take.name}: {take.edit.prompt}", SETTINGS.ddim_steps)
+            _, positive, negative = host.encode_edit(clip, CLIP.prompt, take.edit.prompt)
+            control = None
+            if take.controlled:
+                control = pipeline.controlled(tuned, PRESETS[take.preset], trajectory, inverted, positive)
             edited = pipeline.sample(
                 tuned,
                 inverted,
-                prompt,
-                empty,
+                positive,
+                negative,
                 SETTINGS.ddim_steps,
                 SETTINGS.guidance,
                 callback=lambda step, *_, bar=bar: bar.show(step + 1),
+                control=control,
             )
-            save_clip(enlarged(vae.decode(edited)), FPS, folder / edit_file(edit), quality=100)
-            seconds[f"sampling, {edit.kind}"] = time.monotonic() - started
+            images = composited(frames, vae.decode(edited), control.mask if control else None)
+            save_clip(enlarged(images), FPS, folder / take.file, quality=100)
+            seconds[f"sampling, {take.name}"] = time.monotonic() - started
     return seconds

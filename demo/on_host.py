@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clips import FPS, Edit
+from clips import FPS
 from engine import PACK_ROOT
 from host_server import HostServer, Progress, host_version
-from job import CLIP, EDITS, ENLARGED, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, edit_file
+from job import CLIP, ENLARGED, LOSS_CURVE, MOTION, SEED, SETTINGS, SOURCE_FILE, Take, takes
 from progress import Bar
 from world import SIZE
 
@@ -19,14 +19,14 @@ EXERCISED = "Everything that the quick start uses ran on the real host, on the C
 _WORK = {"tuning": "tuning", "inversion": "inversion", "sampling": "sampling"}
 
 
-def graph(edit: Edit) -> dict[str, dict[str, Any]]:
-    """The quick start in API format: load, tune, invert, sample, save."""
+def graph(take: Take) -> dict[str, dict[str, Any]]:
+    """The template of an edit in API format: load, tune, invert, sample, save."""
 
     def node(class_type: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": class_type, "inputs": inputs}
 
     model, clip, vae = (["demo model", output] for output in range(3))
-    return {
+    nodes = {
         "demo model": node("TAV_LoadDemoModel"),
         "clip": node(
             "TAV_LoadVideo",
@@ -41,7 +41,6 @@ def graph(edit: Edit) -> dict[str, dict[str, Any]]:
         ),
         "latent": node("VAEEncode", pixels=["clip", 0], vae=vae),
         "source": node("CLIPTextEncode", clip=clip, text=CLIP.prompt),
-        "empty": node("CLIPTextEncode", clip=clip, text=""),
         "tuning": node(
             "TAV_OneShotTune",
             model=model,
@@ -64,12 +63,18 @@ def graph(edit: Edit) -> dict[str, dict[str, Any]]:
             conditioning=["source", 0],
             steps=SETTINGS.ddim_steps,
         ),
-        "edit prompt": node("CLIPTextEncode", clip=clip, text=edit.prompt),
+        "edit prompt": node(
+            "TAV_EditPrompt",
+            clip=clip,
+            source=CLIP.prompt,
+            edit=take.edit.prompt,
+            negative_prompt="empty prompt",
+        ),
         "sampling": node(
             "TAV_Sample",
             model=["tuning", 0],
-            positive=["edit prompt", 0],
-            negative=["empty", 0],
+            positive=["edit prompt", 1],
+            negative=["edit prompt", 2],
             latent=["inversion", 0],
             steps=SETTINGS.ddim_steps,
             guidance=SETTINGS.guidance,
@@ -83,11 +88,25 @@ def graph(edit: Edit) -> dict[str, dict[str, Any]]:
             "TAV_SaveVideo",
             images=["enlarged", 0],
             fps=FPS,
-            filename_prefix=Path(edit_file(edit)).stem,
+            filename_prefix=Path(take.file).stem,
             format="mp4",
             quality=100,
         ),
     }
+    if take.controlled:
+        nodes["control"] = node("TAV_EditControl", preset=take.preset, strength=0.5)
+        nodes["sampling"]["inputs"]["control"] = ["control", 0]
+        nodes["kept"] = node(
+            "ImageCompositeMasked",
+            destination=["clip", 0],
+            source=["frames", 0],
+            mask=["sampling", 1],
+            x=0,
+            y=0,
+            resize_source=False,
+        )
+        nodes["enlarged"]["inputs"]["image"] = ["kept", 0]
+    return nodes
 
 
 def run(comfyui: Path, folder: Path) -> dict[str, float]:
@@ -101,24 +120,24 @@ def run(comfyui: Path, folder: Path) -> dict[str, float]:
     (base / "input").mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / SOURCE_FILE, base / "input")
     with HostServer(comfyui, base, {"tune-a-video": PACK_ROOT}) as server:
-        for edit in EDITS:
-            if (folder / edit_file(edit)).exists():
+        for take in takes():
+            if (folder / take.file).exists():
                 continue
-            print(f"Edit: {edit.prompt}", flush=True)
+            print(f"Edit: {take.edit.prompt}{', under edit control' if take.controlled else ''}", flush=True)
             try:
-                result = server.run(graph(edit), _Shown()).raise_for_error()
+                result = server.run(graph(take), _Shown()).raise_for_error()
             except KeyboardInterrupt:
                 server.cancel()
                 raise
             reused = " (the tuning is reused)" if "tuning" in result.cached else ""
             print(f"  {result.seconds:.0f} s{reused}", flush=True)
-            seconds[f"graph, {edit.kind}"] = result.seconds
+            seconds[f"graph, {take.name}"] = result.seconds
             for made, name in (
                 (next(server.output_folder.glob("loss-curve*.png")), LOSS_CURVE),
                 (next(server.models_folder("tav").glob("motion*")), MOTION),
             ):
                 shutil.copy(made, folder / name)
-            os.replace(next(server.output_folder.glob(f"{Path(edit_file(edit)).stem}*.mp4")), folder / edit_file(edit))
+            os.replace(next(server.output_folder.glob(f"{Path(take.file).stem}_*.mp4")), folder / take.file)
     return seconds
 
 

@@ -33,7 +33,7 @@ class Workbench:
         from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
         self.settings, self.clip = job.SETTINGS, job.CLIP
-        self.edits = {job.NAMES[edit.kind]: edit for edit in job.EDITS}
+        self.edits = {job.PRESETS[edit.kind]: edit for edit in job.EDITS}
         self.model, self.text, vae = tiny_sd.load(tiny_sd.WEIGHTS)
         self.vae = vae
         self.frames = self.clip.images()

@@ -73,8 +73,8 @@ class RunResult:
     seconds: float = 0.0
 
     def raise_for_error(self) -> RunResult:
-        """Return the result itself. Raises GraphError unless the graph ran to its end."""
-        if self.status != "success":
+        """Return the result itself. Raises GraphError unless the whole graph ran to its end."""
+        if self.status != "success" or self.errors:
             raise GraphError(f"graph ended as '{self.status}': {self.errors}\n{self.traceback}")
         return self
 
