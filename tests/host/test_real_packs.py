@@ -125,7 +125,7 @@ def test_a_clip_of_videohelpersuite_goes_through_the_chain_and_back(server):
 
 
 def test_sound_that_a_silent_clip_of_videohelpersuite_has_not(server, new_log, comfyui):
-    """Its audio is read when Save Video asks, and raises then. ComfyUI 0.33 looks into it before, and ends the graph."""
+    """Its audio is read when Save Video asks, and raises then. ComfyUI 0.33 looks before, and ends the graph."""
     graph = Graph()
     clip = vhs_load(graph, 2, video="car-turn.mp4")
     saved = save(graph, clip[0], clip[2])
