@@ -19,6 +19,8 @@ from .support.types import CATEGORY, TRAJECTORY_KEY, ControlType, search_aliases
 
 _PRESETS_OWN = "preset's"
 _IN_MASK = ("the clip's", "the edit's")
+# From where a mask that the user gives takes effect in presets that would find none.
+_BLEND_START = 0.2
 
 
 def _lever(name: str, tooltip: str) -> io.Float.Input:
@@ -131,7 +133,10 @@ class EditControl(io.ComfyNode):
             changes["layers"] = layers
         if attention_in_mask != _PRESETS_OWN:
             changes["free_inside"] = attention_in_mask == _IN_MASK[1]
-        mask = None if mask is None else check_mask(mask)
+        if mask is not None:
+            mask = check_mask(mask)
+            if PRESETS[preset].blend_start is None:
+                changes.setdefault("blend_start", _BLEND_START)
         control = replace(PRESETS[preset], mask=mask, threshold=threshold, **changes)
         return io.NodeOutput(at_strength(control, strength))
 

@@ -149,6 +149,20 @@ def test_a_preset_is_itself_at_half_strength_and_parts_of_it_can_be_set() -> Non
         pack_nodes.EditControl.execute("colour", 2)
 
 
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_with_a_mask_every_preset_keeps_the_clip_outside_it(demo: Any, latent: dict[str, Any], preset: str) -> None:
+    mask = torch.zeros(1, 64, 64)
+    mask[..., :32] = 1
+    edited, found = sampled(demo, latent, out(pack_nodes.EditControl.execute(preset, 0.5, mask=mask))[0])
+    clip = latent["tav_trajectory"].clip
+    width = clip.shape[-1] // 2
+    assert torch.equal(edited[..., width:], clip[..., width:])
+    assert not torch.equal(edited[..., :width], clip[..., :width])
+    assert found[..., :width].min() == 1 and found[..., width:].max() == 0
+    (never,) = out(pack_nodes.EditControl.execute(preset, 0.5, mask=mask, blend_start=1.0))
+    assert never.blend_start is None
+
+
 def test_a_control_without_strength_is_todays_sampling(demo: Any, latent: dict[str, Any]) -> None:
     plain, mask = sampled(demo, latent, None)
     assert torch.equal(sampled(demo, latent, out(pack_nodes.EditControl.execute("object", 0.0))[0])[0], plain)
