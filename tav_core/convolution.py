@@ -52,6 +52,8 @@ def conv2d(
 def input_gradient(grad: Tensor, x: Tensor, module: torch.nn.Conv2d, weight: Tensor) -> Tensor:
     """Return the gradient of ``conv2d``'s x [f, c, h, w] from that of its result; of x the shape alone is read."""
     m = module
+    if m.padding_mode != "zeros" or "_conv_forward" in vars(m):
+        return _by_autograd(grad, x, m, weight)
     if _is_winograd(x, m):
         return winograd.input_gradient(grad, weight)
     if _is_product(x, m):
@@ -61,6 +63,15 @@ def input_gradient(grad: Tensor, x: Tensor, module: torch.nn.Conv2d, weight: Ten
     dx, _, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False]
     )
+    return dx
+
+
+def _by_autograd(grad: Tensor, x: Tensor, module: torch.nn.Conv2d, weight: Tensor) -> Tensor:
+    with torch.enable_grad():
+        zeros = grad.new_zeros(x.shape).requires_grad_()
+        # A host's weight may be an inference tensor, which autograd does not save.
+        out = module._conv_forward(zeros, weight.clone(), None)
+        (dx,) = torch.autograd.grad(out, zeros, grad)
     return dx
 
 

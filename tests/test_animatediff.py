@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline, schedule
-from tune_a_video.tav_core.control.settings import Control
+from tune_a_video.tav_core.control.settings import PRESETS, Control
 from tune_a_video.tav_core.errors import Refusal
 from tune_a_video.tav_core.host.inflated_model import layout_of
 from tune_a_video.tav_core.host.windows import conds_in_window, window_frames
@@ -154,6 +154,18 @@ def test_edit_control_follows_the_window() -> None:
     assert off(edits[1], edits[0]) < 1e-4
     assert off(edits[2], edits[0]) < 1e-4
     assert off(pipeline.sample(model, noise, prompt(1), prompt(2), 3, 3.0), edits[0]) > 1e-2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.acts])
+def test_edit_control_bears_layers_of_another_kind(preset: str) -> None:
+    """The clip's evaluation ends early, and passes over what it does not know."""
+    model = with_layers(host.inflate_model(build_model(UNETS["tiny"]), Inflation()))
+    noise, trajectory = pipeline.invert_and_keep(model, LATENT, prompt(3), 3)
+    run = pipeline.controlled(model, PRESETS[preset], trajectory, noise, prompt(1))
+    edited = pipeline.sample(model, noise, prompt(1), prompt(2), 3, 3.0, control=run)
+    assert torch.isfinite(edited).all()
+    assert off(pipeline.sample(model, noise, prompt(1), prompt(2), 3, 3.0), edited) > 1e-3
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from tune_a_video.tav_core.control.settings import LAYERS, PRESETS, Control, at_
 from tune_a_video.tav_core.control.trajectory import Trajectory
 from tune_a_video.tav_core.control.words import WORDS_KEY, EditWords
 from tune_a_video.tav_core.errors import Refusal
-from tune_a_video.tav_core.inflate import Inflation
+from tune_a_video.tav_core.inflate import Inflation, Layout
 from tune_a_video.tav_core.pipeline import controlled, invert_and_keep, sample
 from tune_a_video.tav_core.schedule import to_vp
 from unets import UNETS, build_model
@@ -182,6 +182,71 @@ def test_combined_prompts_get_the_control_each(edit: Edit) -> None:
     control = replace(EVERYTHING, mask=MASK)
     twice = [*edit.positive, [edit.positive[0][0], dict(edit.positive[0][1])]]
     assert off(edit.run(control, positive=twice), edit.run(control)) < 1e-4
+
+
+def longer(conditioning: Any, times: int = 2) -> Any:
+    """A prompt of so many times as many tokens, as CLIP makes of a long text."""
+    (embedding, options), other = conditioning[0], text(conditioning[0][0].shape[2], 9)[0][0]
+    return [[torch.cat([embedding, *[other] * (times - 1)], 1), options]]
+
+
+def test_a_longer_negative_prompt_leaves_the_words_known(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host repeats the shorter text in a batch, and not where it evaluates the two apart."""
+    control, negative = Control(cross_share=1.0), longer(edit.negative)
+    together = edit.run(control, negative=negative)
+    assert off(edit.run(None, negative=negative), together) > 1e-3
+    apart(monkeypatch)
+    assert off(edit.run(control, negative=negative), together) < 1e-4
+
+
+def test_words_are_those_of_the_prompt_that_has_them(edit: Edit) -> None:
+    """Beside a prompt that Edit Prompt did not make, the words are exchanged in its own alone."""
+    call = injection.Call(injection.Step(Control(), None, CLIP, None, False, True, False), False, (0,), frozenset("a"))
+    bound = call.bound(Layout(FRAMES, 3), CLIP, [0, 0, 1], ["b", "a", "c"])
+    assert bound._positive == [False, True, False]
+    other = text(edit.positive[0][0].shape[2], 8)
+    cross = Control(cross_share=1.0)
+    # Twice the strange prompt weighs as much as once; were its words exchanged, this would not be so.
+    (alone,) = edit.positive
+    mixed, plain = (edit.run(control, positive=[alone, *other]) for control in (cross, None))
+    assert off(mixed, plain) > 1e-3
+    first = edit.run(cross, positive=[*other, alone])
+    assert off(first, mixed) < 1e-4
+
+
+def test_several_sentences_of_the_clip_give_what_the_first_one_does(
+    edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = Control(self_share=0.8, layers="all")
+    positive = text(edit.positive[0][0].shape[2], 1)
+    several = replace(edit.trajectory, conditioning=[*edit.source, *text(positive[0][0].shape[2], 7)])
+    one = edit.run(control, positive=positive)
+    assert off(edit.run(control, positive=positive, trajectory=several), one) < 1e-4
+    apart(monkeypatch)
+    assert off(edit.run(control, positive=positive, trajectory=several), one) < 1e-4
+
+
+def test_a_compiled_unet_gets_every_lever(edit: Edit) -> None:
+    """It was compiled by an evaluation without control."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    torch._dynamo.reset()
+    compiled = edit.model.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    assert off(edit.run(None, model=compiled), edit.run(None)) < 1e-4
+    for control in (Control(feature_share=0.8), PRESETS["style"]):
+        assert off(edit.run(control, model=compiled), edit.run(control)) < 1e-4
+    assert off(edit.run(None, model=compiled), edit.run(None)) < 1e-4
+
+
+def test_each_gpu_has_its_own_places_of_a_mask() -> None:
+    step = injection.Step(
+        Control(free_inside=True), None, CLIP, MASK[None].expand(FRAMES, -1, -1, -1), True, False, False
+    )
+    bound = injection.Call(step, False, tuple(range(FRAMES))).bound(Layout(FRAMES, 1), CLIP, [0])
+    places = [bound._mixed(torch.zeros(FRAMES, HEIGHT * WIDTH, 2, device=device)) for device in ("cpu", "meta", "cpu")]
+    assert [each.mask.device.type for each in places if each] == ["cpu", "meta", "cpu"]
+    assert places[0] is places[2]
 
 
 def test_guidance_1_leaves_the_negative_out(edit: Edit) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core.control.blend import composited, difference_mask, frame_masks, grid, resized_mask
 from tune_a_video.tav_core.control.guidance import proximal
-from tune_a_video.tav_core.control.injection import BoundCall, Call, Step
+from tune_a_video.tav_core.control.injection import BoundCall, Call, Step, _one_text
 from tune_a_video.tav_core.control.noise import freed_noise
 from tune_a_video.tav_core.control.settings import Control
 from tune_a_video.tav_core.control.words import EditWords, aligned, occurrences, positions
@@ -186,8 +186,15 @@ def test_named_words_and_their_positions() -> None:
     assert positions(words, {5, 1}) == (2, 6)
 
 
-def test_only_embeddings_of_the_same_lengths_share_words() -> None:
+def test_which_token_stands_for_which() -> None:
     words = EditWords(None, (1,), (2,), ((0, 0), (2, 1)), (3, 4))
-    kept = words.kept(3, 4)
-    assert kept is not None and kept.nonzero().tolist() == [[0, 0], [2, 1]]
-    assert words.kept(6, 4) is None
+    assert words.kept().shape == (3, 4) and words.kept().nonzero().tolist() == [[0, 0], [2, 1]]
+
+
+def test_a_text_that_the_host_repeats_is_one_text() -> None:
+    text = torch.arange(12.0).view(2, 3, 2)
+    assert _one_text(text, 3) is text
+    repeated = _one_text(text.repeat(1, 2, 1), 3)
+    assert repeated is not None and torch.equal(repeated, text)
+    assert _one_text(torch.cat([text, text + 1], 1), 3) is None
+    assert _one_text(text, 2) is None and _one_text(text, 4) is None

@@ -103,6 +103,22 @@ def test_a_product_serves_few_positions_of_many_channels_on_the_cpu() -> None:
     assert not product(8, 2, 1280, groups=4) and not product(8, 2, 1280, padding_mode="circular")
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_gradient_of_a_seamless_layer_wraps_around(replaced: bool) -> None:
+    """Packs for seamless tiles change the padding, or the function behind the layer. Weights are the host's."""
+    with torch.inference_mode():
+        layer = torch.nn.Conv2d(6, 5, 3, padding=1, padding_mode="zeros" if replaced else "circular")
+    wrapped = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)  # noqa: E731
+    if replaced:
+        vars(layer)["_conv_forward"] = wrapped
+    x = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(2, 5, 5, 7, generator=torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad(wrapped(given := x.requires_grad_(), layer.weight.clone(), None), given, grad)
+    with torch.no_grad():
+        found = convolution.input_gradient(grad, x.new_empty(1).expand(x.shape), layer, layer.weight)
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_other_packs_make_of_a_layer_stays() -> None:
     """Packs for seamless pictures exchange the function behind a convolution."""
     layer: Any = torch.nn.Conv2d(4, 64, 3, padding=1).requires_grad_(False)

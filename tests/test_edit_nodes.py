@@ -223,6 +223,36 @@ def test_a_guider_samples_what_the_node_samples(demo: Any, latent: dict[str, Any
     assert torch.equal(results[0][outside], CLIP[outside])
 
 
+def test_a_guider_takes_a_noise_mask_as_the_node_does(demo: Any, latent: dict[str, Any]) -> None:
+    """Set Latent Noise Mask after DDIM Invert: the host would keep the inverted noise for the clip."""
+    import comfy.samplers
+    from tune_a_video.tav_core import schedule
+
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    masked = {**latent, "noise_mask": mask}
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    for preset in ("object", "background"):
+        guider, found = out(pack_nodes.EditGuider.execute(demo[0], positive, negative, masked, PRESETS[preset], 5.0))
+        assert torch.equal(found, mask[0].expand(3, -1, -1))
+        sigmas = schedule.sampling_sigmas(host.sigma_table(demo[0]), STEPS, "zero")
+        start = latent["samples"]
+        edited = guider.sample(
+            torch.zeros_like(start),
+            start,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            denoise_mask=mask,
+            disable_pbar=True,
+            seed=0,
+        )
+        assert float((edited - CLIP)[..., 4:].norm() / CLIP[..., 4:].norm()) < 1e-3
+        node = pack_nodes.TAVSample.execute(
+            demo[0], positive, negative, masked, STEPS, 5.0, 0.0, 0, "zero", control=PRESETS[preset]
+        )
+        assert float((edited - out(node)[0]["samples"]).norm() / edited.norm()) < 1e-3
+
+
 def test_a_guider_finds_its_mask_in_context_windows(demo: Any, latent: dict[str, Any]) -> None:
     """The clip has three frames, and the look for the mask two noise levels."""
     from comfy import context_windows

@@ -96,10 +96,9 @@ DECORD_READS = [
     "plain.webm",
     "full.mp4",
     "alpha.webm",
-    "alpha.mov",
 ]
-# Containers that it numbers otherwise, colours that its scaler rounds otherwise, widths that are cropped.
-DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4", "ten.mp4", "odd.mp4"]
+# Containers that it numbers otherwise, colours that its scaler rounds otherwise, widths that are cropped, transparency.
+DECORD_ERRS = ["plain.avi", "plain.ts", "plain.gif", "edit.mp4", "ten.mp4", "odd.mp4", "alpha.mov"]
 
 
 # --- which frames --------------------------------------------------------------------------------

@@ -6,16 +6,16 @@ that controlled layers need of it. Then the edit's own conditionings are evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inflate import Layout, Swap
+from ..inflate import Forward, Layout, Swap, own_forward
 from .blend import grid
 from .settings import Control, Layers
 from .shortcut import shortcut
@@ -40,6 +40,20 @@ def feature_layer(unet: Any) -> torch.nn.Module:
     blocks = unet.output_blocks
     layer: torch.nn.Module = blocks[len(blocks) // 3][0].out_layers[-1]
     return layer
+
+
+def _one_text(tokens: Tensor, length: int) -> Tensor | None:
+    """Return a text's tokens [rows, length, c]; None where the attention's are not those.
+
+    The host repeats a text that is shorter than another in its batch. Attending to copies is attending to one.
+    """
+    if tokens.shape[1] == length:
+        return tokens
+    whole, rest = divmod(tokens.shape[1], length)
+    if rest or whole == 0:
+        return None
+    copies = tokens[:1].unflatten(1, (whole, length))
+    return tokens[:, :length] if torch.equal(copies[:, 1:], copies[:, :-1]) else None
 
 
 class _Mixed:
@@ -106,19 +120,27 @@ class Step:
 class Call:
     """One evaluation of the UNet in a controlled step: of the clip (``source``), or of the edit.
 
-    ``frames``: the clip's frames that it looks at, all or a window's.
+    ``frames``: the clip's frames that it looks at, all or a window's. ``worded``: the identities of the prompts that
+    Edit Prompt made, whose words are known; None for all.
     """
 
     step: Step
     source: bool
     frames: tuple[int, ...]
+    worded: frozenset[Any] | None = None
 
-    def bound(self, layout: Layout, x: Tensor, conds: Sequence[int], resized: bool = False) -> BoundCall:
+    def bound(
+        self, layout: Layout, x: Tensor, conds: Sequence[int], prompts: Sequence[Any] = (), resized: bool = False
+    ) -> BoundCall:
         """Bind the call to a batch. ``conds``: the number of each chunk's conditioning, 0 for the positive one.
 
-        ``resized``: another pack may change the latent's size midway.
+        ``prompts``: the identity of each chunk's prompt, where the host tells. ``resized``: another pack may change the
+        latent's size midway.
         """
-        return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), [cond == 0 for cond in conds], resized)
+        known = self.worded is None or len(prompts) != len(conds)
+        worded = [known or prompt in (self.worded or ()) for prompt in (conds if known else prompts)]
+        positive = [cond == 0 and has_words for cond, has_words in zip(conds, worded, strict=True)]
+        return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), positive, resized)
 
 
 class BoundCall:
@@ -151,35 +173,29 @@ class BoundCall:
         clips = mixed.outside(source_q, lambda q: attend(q, source_k, "k of the clip"))
         return torch.lerp(clips, own, mixed.mask.to(own))
 
-    def swaps(self, unet: Any, blocks: Mapping[str, Any], attend: Callable[..., Tensor]) -> list[Swap]:
-        """Return forwards for cross-attentions that attend to the words that stay as the clip does.
+    def swaps(
+        self, unet: Any, blocks: Mapping[str, Any], attend: Callable[..., Tensor], others: Sequence[Swap]
+    ) -> list[Swap]:
+        """Return forwards for cross-attentions that attend to the words that stay as the clip does, and for features.
 
         In an evaluation of the clip, also for the layers after the last one that is kept. ``blocks``: the UNet's
-        transformer blocks by path.
+        transformer blocks by path. ``others``: the forwards of this evaluation that these come after.
         """
         swaps: list[Swap] = []
         if self._step.injects_cross:
             swaps += [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
+        feature = feature_layer(unet) if self._step.injects_feature else None
+        if feature is not None:
+            # No hook: a compiled UNet does not look whether there is one.
+            own = own_forward(feature) or partial(type(feature).forward, feature)
+            swaps.append((feature, self._exchanging(dict(others).get(feature, own))))
         if self._source and not self._resized:
             step = self._step
-            feature = feature_layer(unet) if step.injects_feature else None
             last, after = shortcut(unet, self._keeps, step.injects_cross, feature)
             swaps += after
             if last is not None:
                 swaps.append((blocks[last].attn1, self._queries_and_keys(last, blocks[last].attn1)))
         return swaps
-
-    @contextmanager
-    def hooks(self, unet: Any) -> Iterator[None]:
-        """Exchange features while the context lasts."""
-        handles = []
-        try:
-            if self._step.injects_feature:
-                handles.append(feature_layer(unet).register_forward_hook(self._feature))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _cross_attention(self, path: str, attn: Any, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(
@@ -218,21 +234,28 @@ class BoundCall:
             source_k = self._kept((path, "cross k", self._size), k[at], chunks=1, alike=False)
             if not positive or source_q is None or source_k is None or self._step.words is None:
                 continue
-            stays = self._step.words.kept(source_k.shape[1], k.shape[1])
-            if stays is None:
+            lengths = self._step.words.lengths
+            source_k, edit_k = _one_text(source_k, lengths[0]), _one_text(k[at], lengths[1])
+            if source_k is None or edit_k is None:
                 continue
-            stays = stays.to(v)
-            moved = torch.einsum("se,rec->rsc", stays, v[at])
-            own = v[at] * (1 - stays.amax(0))[:, None]
-            out[at] = attend(source_q, source_k, moved) + attend(q[at], k[at], own)
+            edit_v = v[at][:, : lengths[1]]
+            stays = self._step.words.kept().to(v)
+            moved = torch.einsum("se,rec->rsc", stays, edit_v)
+            own = edit_v * (1 - stays.amax(0))[:, None]
+            out[at] = attend(source_q, source_k, moved) + attend(q[at], edit_k, own)
         return out
 
-    def _feature(self, layer: Any, inputs: Any, output: Tensor) -> Tensor | None:
-        key = ("feature", output.shape[-2:])
-        if self._source:
-            self._keep(key, output)
-            return None
-        return self._kept(key, output)
+    def _exchanging(self, own: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            output: Tensor = own(x)
+            key = ("feature", output.shape[-2:])
+            if self._source:
+                self._keep(key, output)
+                return output
+            kept = self._kept(key, output)
+            return output if kept is None else kept
+
+        return forward
 
     def _queries_and_keys(self, path: str, attn: Any) -> Callable[..., Tensor]:
         def forward(x: Tensor, context: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -271,7 +294,8 @@ class BoundCall:
         rows = self._layout.chunks * len(self._frames)
         if mask is None or size is None or tuple(mask.shape[-2:]) != self._size or len(q) != rows:
             return None
-        key = size, self._frames, self._layout.chunks
+        # Two GPUs may be in the same step.
+        key = size, self._frames, self._layout.chunks, q.device
         found = self._step.mixed.get(key)
         if found is None:
             small = F.interpolate(mask[list(self._frames)].float(), size[:2], mode="area").flatten(1)[:, :, None]

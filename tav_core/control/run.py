@@ -14,7 +14,7 @@ from .injection import Step
 from .noise import freed_noise
 from .settings import Control
 from .trajectory import Trajectory
-from .words import EditWords
+from .words import WORDS_KEY, EditWords
 
 
 class ControlledRun:
@@ -97,6 +97,14 @@ class ControlledRun:
         spread = float(1 + self.trajectory.sigmas[-1] ** 2) ** 0.5 / self._scale
         return noise, freed_noise(latent / spread, share, seed, self._given) * spread
 
+    def split(self, noise: Tensor, latent: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return the noise at ``sigma`` and the clip that an inverted ``latent`` is the sum of, in LATENT scale.
+
+        A host that keeps a part of a latent by a mask would take it for clean.
+        """
+        clip = self.trajectory.clip.to(latent)
+        return noise + self._scale * (latent - clip) / sigma, clip
+
     def step(self, sigma: float, number: int, steps: int, like: Tensor) -> Step:
         """Return the levers at a noise level. ``number`` of ``steps``, from 0; ``like``: for device and dtype."""
         if self._now is not None and self._now[0] == sigma:
@@ -139,13 +147,14 @@ class ControlledRun:
 
 
 def check_words(words: EditWords | None, positive: Any) -> EditWords | None:
-    """Return an edit's words. Raises Refusal where the CONDITIONING was changed after Edit Prompt made it."""
-    if words is not None and any(embedding.shape[1] != words.lengths[1] for embedding, _ in positive):
-        found = ", ".join(str(embedding.shape[1]) for embedding, _ in positive)
+    """Return an edit's words. Raises Refusal where a CONDITIONING was changed after Edit Prompt made it."""
+    made = [embedding.shape[1] for embedding, options in positive if options.get(WORDS_KEY) is words]
+    if words is not None and any(length != words.lengths[1] for length in made):
+        found = ", ".join(map(str, made))
         raise Refusal(
             "positive",
             f"its words cannot be aligned: Edit Prompt made {words.lengths[1]} tokens, and it has {found}",
-            "Connect Edit Prompt without other prompts, or CLIP Text Encode with a mask.",
+            "Connect Edit Prompt as it is, or CLIP Text Encode with a mask.",
         )
     return words
 

@@ -48,7 +48,7 @@ def _stages(
                     yield False, None, (block.ff, _same)
             elif _is_upsample(layer):
                 yield False, None, (layer.conv, _of_channels(layer.conv.out_channels))
-            else:
+            elif hasattr(layer, "in_layers"):  # a residual block; other packs insert layers of their own
                 kept = any(module is feature for module in layer.modules())
                 yield kept, None, (layer, _of_channels(layer.out_channels))
     yield False, None, (unet.out, _of_channels(unet.out_channels))

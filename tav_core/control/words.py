@@ -29,14 +29,9 @@ class EditWords:
     stays: tuple[tuple[int, int], ...]
     lengths: tuple[int, int]
 
-    def kept(self, source_tokens: int, edit_tokens: int) -> Tensor | None:
-        """Return [source tokens, edit tokens], 1 where a token of the edit stands for the same one of the clip.
-
-        None where the attention's tokens are not the embeddings' own.
-        """
-        if (source_tokens, edit_tokens) != self.lengths:
-            return None
-        found = torch.zeros(source_tokens, edit_tokens)
+    def kept(self) -> Tensor:
+        """Return ``lengths`` zeros, and 1 where a token of the edit stands for the same one of the clip."""
+        found = torch.zeros(self.lengths)
         for source, edit in self.stays:
             found[source, edit] = 1
         return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..control.guidance import proximal
 from ..control.injection import BoundCall, Call, Step
 from ..control.run import ControlledRun
+from ..control.words import WORDS_KEY
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
@@ -39,8 +40,8 @@ def control_of(layout: Layout, x: Tensor, transformer_options: Mapping[str, Any]
             "control", "it cannot follow tiles that another pack stacks on the batch", "Take the tiles off the model."
         )
     # Kohya's Deep Shrink is such a patch.
-    patches = transformer_options.get("patches") or {}
-    return call.bound(layout, x, conds, resized=any(name.startswith("input_block_patch") for name in patches))
+    resized = any(name.startswith("input_block_patch") for name in transformer_options.get("patches") or {})
+    return call.bound(layout, x, conds, transformer_options.get("uuids") or (), resized)
 
 
 def controlled_guider(
@@ -69,7 +70,11 @@ def _outer_sample(run: ControlledRun) -> Any:
         given = inspect.signature(executor.original).bind(*args, **kwargs)
         values = given.arguments
         noise, latent, seed = values["noise"], values["latent_image"], values.get("seed")
-        values["noise"], values["latent_image"] = run.start(noise, latent, seed or 0)
+        noisy = not noise.any()
+        noise, latent = run.start(noise, latent, seed or 0)
+        if noisy and values.get("denoise_mask") is not None and latent.shape == run.trajectory.clip.shape:
+            noise, latent = run.split(noise, latent, float(values["sigmas"][0]))
+        values["noise"], values["latent_image"] = noise, latent
         try:
             edited = executor(*given.args, **given.kwargs)
         finally:
@@ -149,17 +154,34 @@ def _calc_cond_batch(
     if latent.shape != x.shape:
         return executor(model, conds, x, timestep, model_options, *rest)
 
+    positive = conds[0] or ()
+    worded = frozenset(cond.get("uuid") for cond in positive if cond.get(WORDS_KEY) is step.words)
+
     def options(source: bool) -> dict[str, Any]:
-        call = Call(step, source, frames)
+        call = Call(step, source, frames, worded)
         return {**model_options, "transformer_options": {**transformer_options, _KEY: call}}
 
     if step.kept_frames != frames:
         step.kept.clear()
         step.kept_frames = frames
-        source = _in_window(clip, step, frames, transformer_options, model_options)
+        source = _in_window(_first_acting(clip, timestep), step, frames, transformer_options, model_options)
         with hints_in_window([source], frames, besides=conds) if window is not None else nullcontext():
             executor(model, [source], latent, timestep, options(True), *rest)
     return executor(model, conds, x, timestep, options(False), *rest)
+
+
+def _first_acting(conds: Any, timestep: Tensor) -> list[Any]:
+    """Return the first of a guider's conditionings that acts at a timestep, as a list.
+
+    One prompt's attention is kept. Which of several were kept would depend on the memory that is free: the host
+    evaluates them together or apart, in an order of its own.
+    """
+
+    def acts(cond: Mapping[str, Any]) -> bool:
+        start, end, now = cond.get("timestep_start"), cond.get("timestep_end"), float(timestep.flatten()[0])
+        return (start is None or now <= start) and (end is None or now >= end)
+
+    return list(conds) if len(conds) < 2 else [cond for cond in conds if acts(cond)][:1]
 
 
 def _in_window(

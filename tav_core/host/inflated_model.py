@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -263,11 +263,9 @@ def _wrap(model: Any, inflation: Inflation, root: torch.nn.Module, query_strengt
         swaps = forwards.swaps[control is not None]
         if x.device.type == "cpu":
             swaps = [*forwards.on_cpu, *swaps]
-        hooks: AbstractContextManager[None] = nullcontext()
         if control is not None:
-            swaps = [*swaps, *control.swaps(unet, forwards.parts.blocks, backend.attend)]
-            hooks = control.hooks(unet)
-        with forwards.evaluation.of(evaluation), swapped(swaps), hooks:
+            swaps = [*swaps, *control.swaps(unet, forwards.parts.blocks, backend.attend, swaps)]
+        with forwards.evaluation.of(evaluation), swapped(swaps):
             yield
 
     if hasattr(model, "add_wrapper_with_key"):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import av
 import av.logging
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from .container_crop import Crop, container_crop
 from .ictcp import rgb_of_ictcp
@@ -26,7 +29,8 @@ _CUT_SHORT = ("partial file", "ended prematurely")
 _DEFAULT = 0x1  # AV_DISPOSITION_DEFAULT
 _COVERS = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, AV_DISPOSITION_TIMED_THUMBNAILS
 _THREADS = 4
-_FIRST_PACKETS = 100  # that may pass before the first frame
+# Packets that may pass before the first key frame, and from there on before the first frame.
+_KEYLESS_PACKETS, _FIRST_PACKETS = 5000, 100
 _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
 # Timestamps of these containers may restart midway, where recordings were joined. A jump of this many seconds, back or
@@ -42,6 +46,11 @@ _SWS_BT601 = 5
 _MATRICES = {BT709: 1, 4: 4, 7: 7, BT2020: 9, 10: 9}
 _MATRIX_OF_PRIMARIES = {BT709: BT709, 4: 4, 5: SMPTE170M, 6: SMPTE170M, 7: 7, BT2020: BT2020}
 _LIMITED, _FULL = 1, 2
+# swscale's name of an order of pixels -> that with alpha.
+_WITH_ALPHA = {"rgb24": "rgba", "rgb48le": "rgba64le"}
+
+# One for all frames: each starts threads of its own, up to 16, which live as long as it.
+_SCALER = VideoReformatter()
 
 Results = Iterator[tuple[dict[str, Any], Any]]  # a header and, as bytes, what it is of
 
@@ -49,7 +58,9 @@ Results = Iterator[tuple[dict[str, Any], Any]]  # a header and, as bytes, what i
 def _open(path: str) -> Any:
     # Without the scheme, a colon in a name would be taken for one.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
-    return av.open(f"file:{path}", options=options, metadata_errors="replace")
+    # PyAV 19 has no other way than this one.
+    replaced: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    return av.open(f"file:{path}", options=options, **replaced)
 
 
 def _picture_stream(container: Any) -> Any:
@@ -154,11 +165,26 @@ def _first_picture(path: str) -> tuple[_Picture, Any]:
     with _open(path) as container:
         stream = _picture_stream(container)
         _prepare(stream.codec_context, 1)
-        for packet in islice(container.demux(stream), _FIRST_PACKETS):
+        tried = 0
+        for packet in islice(container.demux(stream), _KEYLESS_PACKETS):
+            tried += tried > 0 or packet.is_keyframe
+            if tried > _FIRST_PACKETS:
+                break
             with suppress(FFmpegError):
                 for frame in packet.decode():
                     return _Picture(frame, stream, _crop(path, stream)), frame
     raise ValueError("no frame can be decoded")
+
+
+def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
+    """Return a, b, c, d: what turns and mirrors a frame when it is shown."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # among its side data is some that this PyAV has no name for; mirroring is not told then
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix is not None else (1, 0, 0, 0, 1)
+    return a, b, c, d
 
 
 def _crop(path: str, stream: Any) -> Crop | None:
@@ -174,8 +200,7 @@ class _Picture:
         self.frame, context = frame, stream.codec_context
         self.coded_width = context.coded_width
         self.matrix, self.primaries, self.transfer = _colours(frame, context)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix is not None else (1, 0, 0, 0, 1)
+        a, b, c, d = _display_matrix(frame)
         # Other angles than quarter turns are rounded to them, as players do.
         self.turned = abs(b) > abs(a)
         self.flipped = (c < 0, b < 0) if self.turned else (a < 0, d < 0)  # horizontally, vertically
@@ -193,12 +218,18 @@ class _Picture:
         return special or (self.matrix in (YCGCO, ICTCP) and not self.frame.format.is_rgb)
 
     @property
+    def has_alpha(self) -> bool:
+        """Tell whether it may be transparent somewhere."""
+        form = self.frame.format
+        return bool(form.has_palette) or any(component.is_alpha for component in form.components)
+
+    @property
     def is_plain(self) -> bool:
         """Tell whether an older FFmpeg, which decord brings, shows it alike."""
         tagged = self.frame.format.is_rgb or self.frame.colorspace == self.matrix or self.matrix == SMPTE170M
         upright = not self.turned and not any(self.flipped)
         # It crops on the left to multiples of 16 or so, and not what the container cuts off.
-        whole = self.coded_width == self.frame.width and not any(self.crop)
+        whole = self.coded_width == self.frame.width and not any(self.crop) and not self.has_alpha
         bits = max(component.bits for component in self.frame.format.components)
         return tagged and upright and whole and self.aspect == 1 and not self.needs_signal and bits == 8
 
@@ -228,13 +259,17 @@ class _Picture:
         frame = self.frame
         grey = frame.format.name.startswith(("gray", "ya"))
         full = frame.color_range == _FULL or frame.format.name.startswith("yuvj") or grey
-        pixels = frame.reformat(
-            format=name,
+        scaled: Any = _SCALER.reformat(
+            frame,
+            format=_WITH_ALPHA[name] if self.has_alpha else name,
             src_colorspace=_MATRICES.get(self.matrix, _SWS_BT601),
             src_color_range="JPEG" if full else "MPEG",
             dst_color_range="JPEG",
             interpolation="BICUBIC",
-        ).to_ndarray()
+        )
+        pixels: np.ndarray = scaled.to_ndarray()
+        if self.has_alpha:
+            pixels = _on_white(pixels)
         if grey and frame.color_range == _LIMITED:  # swscale takes grey for full range
             top = np.iinfo(pixels.dtype).max
             limited = (pixels / top * 255 - 16) / 219
@@ -244,7 +279,8 @@ class _Picture:
     def _signal(self) -> np.ndarray:
         if self.matrix not in (YCGCO, ICTCP) or self.frame.format.is_rgb:
             return self._rgb("rgb48le")
-        whole = self.frame.reformat(  # one matrix for both: the planes keep their meaning
+        whole: Any = _SCALER.reformat(  # one matrix for both: the planes keep their meaning
+            self.frame,
             format="yuv444p16le",
             src_colorspace=_SWS_BT601,
             dst_colorspace=_SWS_BT601,
@@ -260,6 +296,15 @@ class _Picture:
             return (rgb_of_ictcp(luma, green, orange, self.transfer == HLG) * 65535).round().astype(np.uint16)
         rest = luma - green
         return (np.stack([rest + orange, luma + green, rest - orange], -1).clip(0, 1) * 65535).round().astype(np.uint16)
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    """Lay pixels [h, w, 4] with straight alpha on white, as browsers and the readers of gif do; [h, w, 3]."""
+    colours, alpha, top = pixels[..., :3], pixels[..., 3:], np.iinfo(pixels.dtype).max
+    if alpha.min() == top:
+        return colours
+    laid = top + (colours.astype(np.float32) - top) * (alpha / np.float32(top))
+    return laid.round().astype(pixels.dtype)
 
 
 def _colours(frame: Any, context: Any) -> tuple[int, int, int]:
@@ -290,19 +335,27 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
     where to begin in the file, a key frame's decoding time.
     """
     left = set(wanted)
+    # A frame whose side data was looked at refers to itself: without a collection each would stay in memory.
+    gc.freeze()
     with _open(path) as container:
         stream = _picture_stream(container)
         crop = _crop(path, stream)
         _prepare(stream.codec_context, _THREADS)
         if seek is not None:
             container.seek(seek, stream=stream)
-        for number, frame in enumerate(_decoded(container, stream)):
+        decoded = _decoded(container, stream)
+        for number in count():
+            frame = next(decoded, None)
+            if frame is None:
+                return
             place = frame.pts if timed else number
             if place in left:
                 left.remove(place)
                 picture = _Picture(frame, stream, crop)
                 pixels = np.ascontiguousarray(picture.pixels)
                 yield picture.header, pixels.data.cast("B")
+                del picture, pixels, frame
+                gc.collect()
             if not left:
                 return
 

@@ -231,11 +231,11 @@ def check_mask(mask: Tensor) -> Tensor:
 
 
 def shaded(images: Tensor, mask: Tensor) -> Tensor:
-    """Return frames [frames, h, w, 3] dark and grey outside a MASK [1 or frames, h', w'].
+    """Return frames [frames, h, w, 3] dark and grey outside a MASK [1 or frames, h', w']; a fourth channel goes.
 
     Raises Refusal for a mask of another number of frames.
     """
-    mask = check_mask(mask)
+    mask, images = check_mask(mask), images[..., :3]
     if len(mask) not in (1, len(images)):
         raise Refusal(
             "mask", f"it has {len(mask)} frames, the clip has {len(images)}", "Give one for all, or one each."

@@ -24,6 +24,7 @@ EXTENSIONS = tuple(
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 # Browsers show pictures of gif and apng that are to last 10 ms or less for 100 ms.
 _TOO_SHORT, _INSTEAD = 0.0105, 0.1  # seconds
+_CONTRADICTION = 1.5  # times as short as the usual frame, or from the header also as long
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 
 
@@ -69,7 +70,7 @@ class VideoInfo:
 
     def _time(self, index: int) -> float:
         beyond = index - len(self.times)
-        return self.times[index] if beyond < 0 else self.end + beyond / self.fps
+        return self.times[index] if beyond < 0 else self.end + beyond * _last_duration(0, self.fps, self.times)
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -120,7 +121,7 @@ def probe(path: str | Path) -> VideoInfo:
     elif timed:
         times = [(int(pts) - found["origin"]) * found["unit"][0] / found["unit"][1] for pts in shown[:, 0]]
         fps = frame_rate(found["rate"], times)
-        end = times[-1] + (int(shown[-1, 2]) * tick or 1 / fps)
+        end = times[-1] + _last_duration(int(shown[-1, 2]) * tick, fps, times)
     else:  # some containers store no usable times
         fps = frame_rate(found["rate"], [])
         times, end = [number / fps for number in range(len(shown))], len(shown) / fps
@@ -157,6 +158,20 @@ def _shown(packets: np.ndarray, begin: int | None) -> np.ndarray:
     # Players show one of several frames with the same time. Many such frames mean that the file has no usable times.
     distinct = shown[np.unique(shown[:, 0], return_index=True)[1]]
     return distinct if len(distinct) > 0.9 * len(shown) else shown
+
+
+def _last_duration(stated: float, fps: float, times: Sequence[float]) -> float:
+    """Return the seconds of a clip's last frame: those that the file states for it, else those of the header's rate.
+
+    Recordings of browsers and screens may state no rate, and are taken to have 1000 frames a second. What is much
+    shorter than the usual frame is then that of the others, and a rate that they contradict does not count.
+    """
+    usual = float(np.median(np.diff(times))) if len(times) > 2 else 0.0
+    if not usual:
+        return stated or 1 / fps
+    longest = usual * _CONTRADICTION if not stated else float("inf")
+    duration = stated or 1 / fps
+    return duration if usual / _CONTRADICTION < duration < longest else usual
 
 
 def _not_a_video(path: str) -> Refusal:
