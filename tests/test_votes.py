@@ -260,6 +260,9 @@ def test_pairs_of_a_study_have_catch_trials_and_nameless_videos(tmp_path: Path) 
     names = {file.stem for pair in pairs for file in (pair.source, *pair.videos)}
     assert all(set(name) <= set("0123456789abcdef") for name in names)
     assert make_pairs(output, rows, systems, "tune-a-video", 2, tmp_path / "videos") == pairs
+    # Another round compares another method: its pairs have not been answered yet.
+    others = make_pairs(output, rows, systems, "other", 2, tmp_path / "videos")
+    assert not {pair.number for pair in others} & {pair.number for pair in pairs}
 
 
 def test_a_broken_video_flickers() -> None:

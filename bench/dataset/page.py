@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import html
+import json
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +108,12 @@ def _tables(lines: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def _video(output: Path, row: Row, shown: Mapping[str, Path]) -> Path:
-    file = output / "pages" / row.split / row.video / f"{row.name}.mp4"
+    systems = json.dumps([(name, str(place)) for name, place in shown.items()])
+    folder, made_of = output / "pages" / row.split / row.video, hashlib.sha256(systems.encode()).hexdigest()[:8]
+    file = folder / f"{row.name}-{made_of}.mp4"
+    for other in folder.glob(f"{glob.escape(row.name)}-{'[0-9a-f]' * 8}.mp4"):
+        if other != file:  # of other systems
+            other.unlink()
     newest = max(place.stat().st_mtime for place in shown.values())
     if file.is_file() and file.stat().st_mtime >= newest:
         return file

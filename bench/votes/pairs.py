@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dataset import results, scoring
+from dataset import jobs, results, scoring
 from dataset.layouts import Row
 from tune_a_video.tav_core.media.encode import save_clip
 
@@ -87,18 +87,20 @@ def make_pairs(
             if name != ours and place is not None:
                 frames = scoring.load_edit(place, len(source), size)
                 video = _video(folder, frames, f"{name} {row.split} {row.video} {row.name}")
-                number = _number(clip, row.name, name)
+                number = _number(ours, clip, row.name, name)
                 pairs.append(Pair(number, clip, row.edit, source_video, (ours, name), (ours_video, video)))
     for index, (clip, sentence, source_video, _, video) in enumerate(whole[:catch]):
         # A catch trial shows a spoilt video of another sentence: it is worse in both questions.
         others = [each[3] for each in whole if each[1] != sentence] or [whole[index][3]]
         bad = _video(folder, broken(others[index % len(others)], index), f"{BROKEN} {index}")
-        number = _number(clip, sentence, BROKEN)
+        number = _number(ours, clip, sentence, BROKEN)
         pairs.append(Pair(number, clip, sentence, source_video, (ours, BROKEN), (video, bad)))
     return pairs
 
 
-def _number(*parts: str) -> str:
+def _number(ours: str, *parts: str) -> str:
+    """Name a pair. The usual ``ours`` is no part of the name: votes from before others could be chosen still count."""
+    parts = parts if ours == jobs.TUNED else (*parts, ours)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
