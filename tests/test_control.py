@@ -237,6 +237,7 @@ def test_a_compiled_unet_gets_every_lever(edit: Edit) -> None:
     for control in (Control(feature_share=0.8), PRESETS["style"]):
         assert off(edit.run(control, model=compiled), edit.run(control)) < 1e-4
     assert off(edit.run(None, model=compiled), edit.run(None)) < 1e-4
+    torch._dynamo.reset()
 
 
 def test_each_gpu_has_its_own_places_of_a_mask() -> None:
