@@ -47,7 +47,7 @@ def run(
     # A mask of a quarter, in the middle: what a thing in a picture takes.
     mask = torch.zeros(1, size, size)
     mask[:, size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
-    # Other programs only add to a step, so that the quickest says most.
+    # Other programs can only slow a step down: the fastest is the best estimate.
     plain = min(seconds(None)[warmup:])
     rows = {}
     for name in presets:

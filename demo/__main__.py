@@ -191,8 +191,8 @@ def _show(report: dict[str, Any], output: Path) -> None:
         print(f"{row['edit']:<31}" + "".join(f"{cell:>21}" for cell in cells) + f"  {row['prompt']}")
     print(
         "(shares of frames, judged from their pixels; path: distance of the sprite from where it should be;\n"
-        "look agreement: frames with the commonest pattern, second colour and shade; background loss: of PSNR,\n"
-        "below the autoencoder's round trip; warp error: flicker; controlled: by Edit Control's preset)\n"
+        "look agreement: frames with the commonest pattern, second colour and shade; background loss: how much lower\n"
+        "its PSNR is than the autoencoder's round trip; warp error: flicker; controlled: by Edit Control's preset)\n"
     )
     for file in sorted(output.iterdir()):
         if not file.name.startswith("."):

@@ -17,7 +17,7 @@ from tune_a_video.tav_core.media.clip import load_clip
 from tune_a_video.tav_core.media.encode import save_clip
 
 CLIP = next(clip for clip in CLIPS if clip.name == "bounce")
-# Kind of an edit of the clip -> the preset of Edit Control for it, which is its name in files as well.
+# Kind of edit -> its preset of Edit Control, which also names its files.
 PRESETS = {"object, patterned": "object", "colour, neighbour": "colour", "background": "background", "style": "style"}
 EDITS = tuple(edit for edit in edits(CLIP) if edit.kind in PRESETS)
 SETTINGS = Settings()
@@ -54,7 +54,7 @@ class Take(NamedTuple):
 
 
 def takes() -> list[Take]:
-    """Return what is made of each edit; engines before 2025 have no wrappers, which edit control needs."""
+    """Return all videos to make. Edit control needs wrappers, which engines before 2025 lack."""
     ways = [False, True] if hasattr(comfy.model_patcher.ModelPatcher, "add_wrapper_with_key") else [False]
     return [Take(edit, controlled) for edit in EDITS for controlled in ways]
 

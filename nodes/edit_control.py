@@ -191,9 +191,7 @@ class EditGuider(io.ComfyNode):
         samples = host.check_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             host.check_conditioning(model, name, conditioning, len(samples))
-        if control.mask is None and latent.get("noise_mask") is not None:
-            control = replace(control, mask=latent["noise_mask"])
-        run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive)
+        run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive, latent.get("noise_mask"))
         made = guider(model, positive, negative, guidance, run)
         return io.NodeOutput(made, frame_masks(run.mask, samples))
 

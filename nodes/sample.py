@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -113,8 +112,7 @@ class TAVSample(io.ComfyNode):
         check_inverted(model, latent, steps)
         noise_mask, run = latent.get("noise_mask"), None
         if control is not None and control.acts:
-            control = control if control.mask is not None else replace(control, mask=noise_mask)
-            run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive)
+            run = controlled(model, control, latent.get(TRAJECTORY_KEY), samples, positive, noise_mask)
         with MovingPreview(steps) as preview:
             edited = sample(
                 model,

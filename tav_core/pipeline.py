@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import host, schedule
+from .control.noise import added_noise
 from .control.run import ControlledRun, check_trajectory, check_words
 from .control.settings import Control
 from .control.trajectory import Recorder, Trajectory
@@ -168,12 +170,16 @@ def controlled(
     trajectory: Trajectory | None,
     latent: Tensor,
     positive: host.Conditioning,
+    noise_mask: Tensor | None = None,
 ) -> ControlledRun:
     """Return the ``control`` of ``sample``: what an edit keeps of the clip; its ``mask`` is known afterwards.
 
     ``trajectory``: of ``invert_and_keep``, for the inverted ``latent``. ``positive``: the edit's sentence; from Edit
-    Prompt it knows its words. Raises Refusal for inputs that do not belong together.
+    Prompt it knows its words. ``noise_mask``: a LATENT's, the mask of a control without one. Raises Refusal for inputs
+    that do not belong together.
     """
+    if control.mask is None:
+        control = replace(control, mask=noise_mask)
     trajectory = check_trajectory(trajectory, latent)
     return ControlledRun(control, trajectory, check_words(words_in(positive), positive), host.model_scale(model))
 
@@ -200,14 +206,11 @@ def _inflated(model: host.ModelPatcher) -> host.ModelPatcher:
 def _clip_and_noise(
     model: host.ModelPatcher, latent: Tensor, clip: Tensor | None, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Split an inverted latent into the clip and the noise that was added to it at ``sigma``.
-
-    The host keeps the unmasked part of a clean latent plus noise; so a masked edit starts from these two.
-    """
+    """Split an inverted latent into the clip and the noise that was added to it at ``sigma``."""
     if clip is None or clip.shape != latent.shape:
         raise Refusal(
             "latent",
             "it has a noise mask, but not the clip that was inverted",
             "Set the mask (Set Latent Noise Mask) on the output of DDIM Invert, or before it on the clip.",
         )
-    return clip, host.model_scale(model) * (latent - clip) / sigma
+    return clip, added_noise(latent, clip, sigma, host.model_scale(model))

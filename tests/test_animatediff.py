@@ -1,4 +1,4 @@
-"""What AnimateDiff-Evolved does to a MODEL: windows by a wrapper of its own, and layers inserted into the UNet."""
+"""AnimateDiff-Evolved's changes to a MODEL: windows by a wrapper of its own, and layers inserted into the UNet."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_edit_control_follows_the_window() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.acts])
 def test_edit_control_bears_layers_of_another_kind(preset: str) -> None:
-    """The clip's evaluation ends early, and passes over what it does not know."""
+    """The clip's evaluation ends early, and leaves layers of other packs as they are."""
     model = with_layers(host.inflate_model(build_model(UNETS["tiny"]), Inflation()))
     noise, trajectory = pipeline.invert_and_keep(model, LATENT, prompt(3), 3)
     run = pipeline.controlled(model, PRESETS[preset], trajectory, noise, prompt(1))

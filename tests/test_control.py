@@ -185,7 +185,7 @@ def test_combined_prompts_get_the_control_each(edit: Edit) -> None:
 
 
 def longer(conditioning: Any, times: int = 2) -> Any:
-    """A prompt of so many times as many tokens, as CLIP makes of a long text."""
+    """The prompt with ``times`` as many tokens, as CLIP encodes a long text."""
     (embedding, options), other = conditioning[0], text(conditioning[0][0].shape[2], 9)[0][0]
     return [[torch.cat([embedding, *[other] * (times - 1)], 1), options]]
 
@@ -206,7 +206,6 @@ def test_words_are_those_of_the_prompt_that_has_them(edit: Edit) -> None:
     assert bound._positive == [False, True, False]
     other = text(edit.positive[0][0].shape[2], 8)
     cross = Control(cross_share=1.0)
-    # Twice the strange prompt weighs as much as once; were its words exchanged, this would not be so.
     (alone,) = edit.positive
     mixed, plain = (edit.run(control, positive=[alone, *other]) for control in (cross, None))
     assert off(mixed, plain) > 1e-3

@@ -1,4 +1,4 @@
-"""What edit control costs beside plain sampling, counted on SD 1.5's own shapes: memory, operations, attention maps.
+"""The cost of edit control beside plain sampling, counted on SD 1.5's own shapes: memory, operations, attention maps.
 
 The UNet has no weights (device "meta"), so that its layers run and compute nothing.
 """

@@ -1,4 +1,4 @@
-"""What went wrong with an edit, in words: each fault made on purpose, and right edits that get no complaint."""
+"""Faults of an edit, in words: each fault made on purpose, and right edits that get no complaint."""
 
 from __future__ import annotations
 

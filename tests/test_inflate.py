@@ -248,7 +248,7 @@ def test_inflating_twice_is_inflating_once() -> None:
     plain = sample(model, x, cond)
     assert torch.equal(sample(host.without_inflation(twice), x, cond), plain)
 
-    # What other nodes put on the model, before or after, stays when the inflation goes.
+    # Patches of other nodes, made before or after, stay when the inflation goes.
     patched = model.clone()
     key = next(iter(other))
     patch = {key: ("diff", (torch.full(model.model_state_dict()[key].shape, 0.01),))}

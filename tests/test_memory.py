@@ -126,7 +126,6 @@ def test_without_selective_checkpoints_units_are_kept_or_recomputed(monkeypatch:
         assert trainer.plan.count("recompute") and not trainer.plan.count("selective")
 
 
-@pytest.mark.skipif(recompute.CheckpointPolicy is None, reason="PyTorch 2.4 has no selective checkpoints")
 def test_at_the_selective_level_no_attention_runs_twice() -> None:
     runs: dict[str, int] = {}
     for level in LEVELS:

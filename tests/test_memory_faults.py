@@ -43,7 +43,7 @@ from tune_a_video.tav_core.tuning.training_unet import TrainingUNet
 from tuning_runs import Result, run, trainer_of
 from unets import UNETS, build_model
 
-# What PyTorch, NumPy and the system really say.
+# Messages of PyTorch, NumPy and the system, word by word.
 CPU = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
 )
@@ -97,7 +97,7 @@ def live_bytes() -> int:
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
         for each in gc.get_objects()
-        # What a compilation leaves behind has shapes alone.
+        # A compilation leaves fake tensors behind, which have no storage.
         if issubclass(type(each), Tensor) and not issubclass(type(each), FakeTensor) and each.layout is torch.strided
     }
     return sum(storages.values())

@@ -84,7 +84,7 @@ def test_a_text_that_all_frames_share_is_converted_once(monkeypatch: pytest.Monk
 
 
 def test_temporal_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What graphics cards need, on any device."""
+    """Code paths of graphics cards, run on any device."""
     frames, n, heads = 3, 5, 2
     q, k, v = (torch.randn(2 * frames, n, 8) for _ in range(3))
     whole = temporal_attend(q, k, v, heads, frames)

@@ -1,4 +1,4 @@
-"""What holds for any input: frame selection and sizes, layouts of videos and frames, files of motions."""
+"""Properties of any input: frame selection and sizes, layouts of videos and frames, files of motions."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_a_study_is_resumed_without_tuning_again_and_writes_table_and_curve(
     assert "tuned" not in capsys.readouterr().out
     assert (tmp_path / "recipes.png").read_bytes().startswith(b"\x89PNG")
     assert "| released | 2 | 1 |" in (tmp_path / "recipes.md").read_text()
-    # What was lost is made again.
+    # Lost rows are made again.
     plan = Study((CLIP,), (RELEASED,), (0, 1, 2), 1, ("object, patterned",), SETTINGS, tiny_sd.WEIGHTS, tmp_path)
     rows = plan.kept(CLIP)
     plan.keep(CLIP, {key: row for key, row in rows.items() if not key.startswith("2 ")})

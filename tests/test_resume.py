@@ -223,7 +223,7 @@ def test_old_runs_and_leftovers_go(tmp_path: Path) -> None:
     ours = resume.RunFile(tmp_path / f"{run}.safetensors", run)
     kept = [file(f"{run}.safetensors", resume.KEPT_FOR + 60), file(f"{theirs}.safetensors", 60)]
     kept += [file(f".{theirs}.part", 60), file("notes.txt", 2 * resume.KEPT_FOR)]
-    # Whatever else a user keeps there is not ours to remove.
+    # A user's other files there stay.
     kept.append(file("sd15.safetensors", 2 * resume.KEPT_FOR))
     file(f"{old}.safetensors", resume.KEPT_FOR + 60)
     file(f".{run}x1.part", 0)

@@ -28,7 +28,7 @@ import workflows
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [path.stem for path in SUBGRAPH_FILES]
-# What the front end and web/js add to a node without an input of that name.
+# Widgets that the front end and web/js add; the node has no input of that name.
 ADDED_WIDGETS = {"TAV_LoadVideo": {"upload"}, "TAV_OneShotTune": {"stop"}}
 PICTURES = {"$$tav-preview"}
 

@@ -238,7 +238,7 @@ def _work(pool: _Pool, worker: Worker, say: Callable[[str, Job, str], None]) -> 
                 say(worker.name, job, "the worker is left out; others make its edits")
                 return
     finally:
-        # Whatever happened here, the others must not wait for this worker.
+        # The others must not wait for this worker, even after an error.
         pool.leave(worker.name, reason)
 
 

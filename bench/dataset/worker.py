@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def main() -> None:
     """Serve jobs until the input ends. The first line of the input has the settings."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever else is printed belongs into the log.
+    # Other output belongs in the log.
     os.dup2(2, 1)
     start = json.loads(sys.stdin.readline())
     sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]

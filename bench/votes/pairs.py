@@ -99,7 +99,7 @@ def make_pairs(
 
 
 def _number(ours: str, *parts: str) -> str:
-    """Name a pair. The usual ``ours`` is no part of the name: votes from before others could be chosen still count."""
+    """Return a pair's identity. It leaves out the default ``ours``, so that votes made before keep their pairs."""
     parts = parts if ours == jobs.TUNED else (*parts, ours)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

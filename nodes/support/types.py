@@ -9,7 +9,7 @@ CATEGORY = "Tune-A-Video"
 # Kept in an inverted LATENT beside its samples, so that a masked edit can keep the clip outside its mask.
 CLIP_KEY = "tav_clip"
 
-# What an inverted LATENT was made with; see ``wiring.made_with``.
+# Model, steps and attention mode of an inversion; see ``wiring.made_with``.
 MADE_WITH_KEY = "tav_made_with"
 
 # The latents of every step of an inversion (``control.trajectory.Trajectory``), for edit control.

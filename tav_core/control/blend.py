@@ -92,7 +92,7 @@ def difference_mask(differences: Sequence[Tensor], threshold: float) -> Tensor:
     maps = F.avg_pool2d(maps, side, stride=1, padding=side // 2, count_include_pad=False)
     before, after = torch.cat([maps[:1], maps[:-1]]), torch.cat([maps[1:], maps[-1:]])
     maps = (before + 4 * maps + after) / 6
-    # What differs a little everywhere is no place.
+    # A small difference everywhere marks no place.
     maps = maps - _lower_mean(maps)
     top = maps.amax((1, 2, 3), keepdim=True).clamp_min(_LEAST_TOP * float(maps.amax()))
     return (maps > threshold * top).float()

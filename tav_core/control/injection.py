@@ -137,8 +137,9 @@ class Call:
         ``prompts``: the identity of each chunk's prompt, where the host tells. ``resized``: another pack may change the
         latent's size midway.
         """
-        known = self.worded is None or len(prompts) != len(conds)
-        worded = [known or prompt in (self.worded or ()) for prompt in (conds if known else prompts)]
+        worded = [True] * len(conds)
+        if self.worded is not None and len(prompts) == len(conds):
+            worded = [prompt in self.worded for prompt in prompts]
         positive = [cond == 0 and has_words for cond, has_words in zip(conds, worded, strict=True)]
         return BoundCall(self, layout, (int(x.shape[-2]), int(x.shape[-1])), positive, resized)
 
@@ -186,7 +187,7 @@ class BoundCall:
             swaps += [(b.attn2, self._cross_attention(path, b.attn2, attend)) for path, b in blocks.items()]
         feature = feature_layer(unet) if self._step.injects_feature else None
         if feature is not None:
-            # No hook: a compiled UNet does not look whether there is one.
+            # Not a hook: a compiled UNet ignores hooks that were added later.
             own = own_forward(feature) or partial(type(feature).forward, feature)
             swaps.append((feature, self._exchanging(dict(others).get(feature, own))))
         if self._source and not self._resized:
@@ -294,7 +295,7 @@ class BoundCall:
         rows = self._layout.chunks * len(self._frames)
         if mask is None or size is None or tuple(mask.shape[-2:]) != self._size or len(q) != rows:
             return None
-        # Two GPUs may be in the same step.
+        # With several GPUs, each evaluates its conditionings of the same step.
         key = size, self._frames, self._layout.chunks, q.device
         found = self._step.mixed.get(key)
         if found is None:

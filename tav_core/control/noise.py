@@ -1,9 +1,18 @@
-"""Let go of a part of the inverted noise, so that an edit can leave the clip's colours and places."""
+"""The noise in an inverted latent: taken out of it, and replaced in part."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def added_noise(latent: Tensor, clip: Tensor, sigma: float, scale: float) -> Tensor:
+    """Return the noise that makes ``latent`` of ``clip`` at ``sigma``: latent = clip + sigma noise / scale.
+
+    The host keeps the unmasked part of a clean latent plus noise, so a masked edit needs the two apart. Both
+    [frames, c, h, w] in LATENT scale; ``scale``: the factor from it to the model's own.
+    """
+    return scale * (latent - clip) / sigma
 
 
 def freed_noise(noise: Tensor, share: float, seed: int, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import Refusal
 from .blend import MASK_LEVELS, difference_mask, resized_mask
 from .injection import Step
-from .noise import freed_noise
+from .noise import added_noise, freed_noise
 from .settings import Control
 from .trajectory import Trajectory
 from .words import WORDS_KEY, EditWords
@@ -97,13 +97,10 @@ class ControlledRun:
         spread = float(1 + self.trajectory.sigmas[-1] ** 2) ** 0.5 / self._scale
         return noise, freed_noise(latent / spread, share, seed, self._given) * spread
 
-    def split(self, noise: Tensor, latent: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Return the noise at ``sigma`` and the clip that an inverted ``latent`` is the sum of, in LATENT scale.
-
-        A host that keeps a part of a latent by a mask would take it for clean.
-        """
+    def split(self, latent: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return the noise of an inverted ``latent`` at ``sigma``, see ``added_noise``, and the clip."""
         clip = self.trajectory.clip.to(latent)
-        return noise + self._scale * (latent - clip) / sigma, clip
+        return added_noise(latent, clip, sigma, self._scale), clip
 
     def step(self, sigma: float, number: int, steps: int, like: Tensor) -> Step:
         """Return the levers at a noise level. ``number`` of ``steps``, from 0; ``like``: for device and dtype."""

@@ -15,11 +15,12 @@ IsKept = Callable[[str, int], bool]
 
 
 def shortcut(unet: Any, is_kept: IsKept, cross: bool, feature: torch.nn.Module | None) -> tuple[str | None, list[Swap]]:
-    """Return forwards for a UNet's layers after the last one that is kept; shapes stay, values are no good.
+    """Return cheap forwards for the UNet's layers after the last kept one; they keep shapes, their values are unused.
 
-    ``cross``: cross-attentions at half of the latent's size and below are kept. ``feature``: a layer that is kept. The
-    path is that of a block whose self-attention is the last: its queries and keys are all that is needed of it. Layers
-    to which another pack has given a forward keep it. Where nothing in the UNet's upper half is kept, nothing follows.
+    ``cross``: cross-attentions at half of the latent's size and below are kept. ``feature``: a layer whose output is
+    kept, or None. Also returns the path of the block whose self-attention is the last kept layer, or None: of that
+    layer only queries and keys are needed. Layers with another pack's forward keep it. Nothing is replaced where no
+    output block is kept.
     """
     stages = list(_stages(unet, is_kept, cross, feature))
     last = max((number for number, (kept, _, _) in enumerate(stages) if kept), default=None)
@@ -32,7 +33,7 @@ def shortcut(unet: Any, is_kept: IsKept, cross: bool, feature: torch.nn.Module |
 def _stages(
     unet: Any, is_kept: IsKept, cross: bool, feature: torch.nn.Module | None
 ) -> Iterator[tuple[bool, str | None, Swap]]:
-    """Yield the parts of the upper half in their order: whether it is kept, a self-attention's block, its stand-in."""
+    """Yield layers of the output blocks as they run: is it kept, its block if a self-attention, its cheap forward."""
     upsamples = [sum(map(_is_upsample, layers)) for layers in unet.output_blocks]
     for number, layers in enumerate(unet.output_blocks):
         halvings = sum(upsamples[number:])

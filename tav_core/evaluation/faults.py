@@ -28,7 +28,7 @@ _MOTION_LOST = 0.2
 
 
 class Fault(NamedTuple):
-    """What went wrong, and the numbers of the frames in which it did, from 0."""
+    """A fault, and the numbers of the frames that have it, from 0."""
 
     text: str
     frames: tuple[int, ...]

@@ -16,7 +16,7 @@ from .lend import lent
 _IMAGES_AT_ONCE = 16
 # Rows of a trained projection differ little in length; this many times the median is far beyond.
 _MOST_UNEVEN = 20
-# What words in a list are set apart by, each mark a word of its own.
+# Separators of a list of words; each is a token of its own.
 _MARKS = ", ; . \u3001 \uff0c \u3002"
 
 

@@ -70,16 +70,16 @@ def _outer_sample(run: ControlledRun) -> Any:
         given = inspect.signature(executor.original).bind(*args, **kwargs)
         values = given.arguments
         noise, latent, seed = values["noise"], values["latent_image"], values.get("seed")
-        noisy = not noise.any()
+        is_inverted = not noise.any() and latent.shape == run.trajectory.clip.shape
         noise, latent = run.start(noise, latent, seed or 0)
-        if noisy and values.get("denoise_mask") is not None and latent.shape == run.trajectory.clip.shape:
-            noise, latent = run.split(noise, latent, float(values["sigmas"][0]))
+        if is_inverted and values.get("denoise_mask") is not None:
+            noise, latent = run.split(latent, float(values["sigmas"][0]))
         values["noise"], values["latent_image"] = noise, latent
         try:
             edited = executor(*given.args, **given.kwargs)
         finally:
             run.end()
-        # What still holds noise is not the clip anywhere.
+        # A latent that still holds noise equals the clip nowhere.
         return run.exact_outside(edited) if float(values["sigmas"][-1]) == 0 else edited
 
     return outer_sample
@@ -171,17 +171,17 @@ def _calc_cond_batch(
 
 
 def _first_acting(conds: Any, timestep: Tensor) -> list[Any]:
-    """Return the first of a guider's conditionings that acts at a timestep, as a list.
+    """Return the first of a guider's conditionings that acts at a timestep, in a list.
 
-    One prompt's attention is kept. Which of several were kept would depend on the memory that is free: the host
-    evaluates them together or apart, in an order of its own.
+    Attention is kept of one prompt. With several, free memory would decide which: the host evaluates them together or
+    apart, in its own order.
     """
 
     def acts(cond: Mapping[str, Any]) -> bool:
         start, end, now = cond.get("timestep_start"), cond.get("timestep_end"), float(timestep.flatten()[0])
         return (start is None or now <= start) and (end is None or now >= end)
 
-    return list(conds) if len(conds) < 2 else [cond for cond in conds if acts(cond)][:1]
+    return [cond for cond in conds if acts(cond)][:1]
 
 
 def _in_window(

@@ -29,7 +29,7 @@ _CUT_SHORT = ("partial file", "ended prematurely")
 _DEFAULT = 0x1  # AV_DISPOSITION_DEFAULT
 _COVERS = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, AV_DISPOSITION_TIMED_THUMBNAILS
 _THREADS = 4
-# Packets that may pass before the first key frame, and from there on before the first frame.
+# Packets to read at most before the first key frame, and from there to the first frame.
 _KEYLESS_PACKETS, _FIRST_PACKETS = 5000, 100
 _MOST_ASPECT = 16  # of a pixel; more is a damaged header
 _PREROLL = 0.25  # seconds that sound decoders need before what they give is right
@@ -49,7 +49,7 @@ _LIMITED, _FULL = 1, 2
 # swscale's name of an order of pixels -> that with alpha.
 _WITH_ALPHA = {"rgb24": "rgba", "rgb48le": "rgba64le"}
 
-# One for all frames: each starts threads of its own, up to 16, which live as long as it.
+# One scaler for all frames. Each starts up to 16 threads and keeps them.
 _SCALER = VideoReformatter()
 
 Results = Iterator[tuple[dict[str, Any], Any]]  # a header and, as bytes, what it is of
@@ -58,7 +58,7 @@ Results = Iterator[tuple[dict[str, Any], Any]]  # a header and, as bytes, what i
 def _open(path: str) -> Any:
     # Without the scheme, a colon in a name would be taken for one.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
-    # PyAV 19 has no other way than this one.
+    # PyAV 19 replaces always, and has no such argument.
     replaced: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     return av.open(f"file:{path}", options=options, **replaced)
 
@@ -180,7 +180,7 @@ def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
     """Return a, b, c, d: what turns and mirrors a frame when it is shown."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # among its side data is some that this PyAV has no name for; mirroring is not told then
+    except ValueError:  # PyAV has no name for some of it; rotation alone does not tell of mirroring
         angle = math.radians(frame.rotation)
         return math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix is not None else (1, 0, 0, 0, 1)
@@ -335,7 +335,7 @@ def frames(path: str, wanted: list[int], timed: bool, seek: int | None) -> Resul
     where to begin in the file, a key frame's decoding time.
     """
     left = set(wanted)
-    # A frame whose side data was looked at refers to itself: without a collection each would stay in memory.
+    # Reading side_data creates a reference cycle, so that only a collection frees the frame.
     gc.freeze()
     with _open(path) as container:
         stream = _picture_stream(container)

@@ -24,7 +24,7 @@ EXTENSIONS = tuple(
 MAX_PIXELS = 2**26  # 8192x8192: a few bytes of header can announce pictures that fill the memory
 # Browsers show pictures of gif and apng that are to last 10 ms or less for 100 ms.
 _TOO_SHORT, _INSTEAD = 0.0105, 0.1  # seconds
-_CONTRADICTION = 1.5  # times as short as the usual frame, or from the header also as long
+_CONTRADICTION = 1.5  # a duration that differs from the usual one by this factor is not believed
 KEY, CORRUPT, DISCARDED = 0x1, 0x2, 0x4
 
 
@@ -161,16 +161,16 @@ def _shown(packets: np.ndarray, begin: int | None) -> np.ndarray:
 
 
 def _last_duration(stated: float, fps: float, times: Sequence[float]) -> float:
-    """Return the seconds of a clip's last frame: those that the file states for it, else those of the header's rate.
+    """Return the seconds of a clip's last frame: ``stated`` by the file (0: not stated), else by ``fps``.
 
-    Recordings of browsers and screens may state no rate, and are taken to have 1000 frames a second. What is much
-    shorter than the usual frame is then that of the others, and a rate that they contradict does not count.
+    Browser and screen recordings may state no rate; FFmpeg then reads 1000 frames a second. So a duration much shorter
+    than the median of ``times`` is replaced by it. A long one counts only if the file states it: a clip may end in a
+    still.
     """
     usual = float(np.median(np.diff(times))) if len(times) > 2 else 0.0
     if not usual:
         return stated or 1 / fps
-    longest = usual * _CONTRADICTION if not stated else float("inf")
-    duration = stated or 1 / fps
+    duration, longest = (stated, float("inf")) if stated else (1 / fps, usual * _CONTRADICTION)
     return duration if usual / _CONTRADICTION < duration < longest else usual
 
 

@@ -15,7 +15,7 @@ from host_server import HostServer, host_version
 import workflows
 
 ROOT = Path(__file__).resolve().parents[2]
-# What lies over the graph, or is of no interest, in pictures that are kept.
+# Elements that cover the graph; hidden in screenshots.
 UNSEEN = ".minimap-main-container, .workflow-tabs-container { display: none !important }"
 
 

@@ -59,7 +59,7 @@ def all_nodes(workflow: Json) -> Iterator[Json]:
 
 @cache
 def host_definitions(comfyui: Path) -> canvas.Definitions:
-    """What ComfyUI says of the nodes that the files use, as in its /object_info."""
+    """ComfyUI's description of the nodes that the files use, as in its /object_info."""
     files = [*FILES, *SUBGRAPH_FILES]
     used = {node["type"] for path in files for node in all_nodes(read(path))} - set(canvas.NOTES)
     command = [sys.executable, "-I", "-c", DEFINITIONS, ROOT / "tools", comfyui, *sorted(used)]

@@ -79,7 +79,7 @@ def recorded_calls(server, name):
 
 
 def test_frame_gets_its_own_hint(server, motion_file):
-    """What ControlNet adds to frame i equals what it adds to a single image with hint i."""
+    """ControlNet adds the same to frame i as to a single image with hint i."""
     expected = []
     for frame in range(FRAMES):
         scene = Scene()

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.host, pytest.mark.shared]
 # As in demo/tiny_sd.py, which only a host can import.
 FILES = sorted(workflows.FOLDER.glob("*.json"))
 DREAMBOOTH, TWO_BLOCKS = "dreambooth.safetensors", "two-blocks.safetensors"
-# What stands in the files for models that a user has, and the small ones of the tests.
+# Names of a user's models in the files -> the tests' small ones.
 OUR_MODELS = {
     workflows.CHECKPOINT: CHECKPOINT,
     workflows.DREAMBOOTH: DREAMBOOTH,
