@@ -114,6 +114,13 @@ def test_groups_frame_their_nodes_and_nothing_else(workflow: Json) -> None:
                 assert len(around) == 1 and inside(drawn, around[0]), node["type"]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_note_is_its_markdown_file(path: Path) -> None:
+    """Without a ComfyUI too. If not, run tools/workflows.py."""
+    notes = [node["widgets_values"][0] for node in read(path)["nodes"] if node["type"] in canvas.NOTES]
+    assert (workflows.NOTE_FOLDER / f"{path.stem}.md").read_text() in notes
+
+
 def test_there_is_a_note_and_every_prompt_has_a_title(workflow: Json) -> None:
     assert any(node["type"] in canvas.NOTES for node in workflow["nodes"])
     assert all(node.get("title") for node in workflow["nodes"] if node["type"] == "CLIPTextEncode")
