@@ -253,6 +253,74 @@ def test_a_guider_takes_a_noise_mask_as_the_node_does(demo: Any, latent: dict[st
         assert float((edited - out(node)[0]["samples"]).norm() / edited.norm()) < 1e-3
 
 
+def test_a_masked_clip_keeps_each_frames_noise_in_windows_with_freenoise(demo: Any, latent: dict[str, Any]) -> None:
+    """A switch of newer hosts' Context Windows, which lets later frames repeat the noise of the first, in place."""
+    import comfy.patcher_extension
+    import comfy.samplers
+    from comfy import context_windows
+    from tune_a_video.tav_core import schedule
+
+    shuffled: list[bool] = []
+
+    def freenoise(executor: Any, guider: Any, sigmas: Any, extra: Any, callback: Any, noise: Any, *rest: Any) -> Any:
+        shuffled.append(extra["model_options"]["context_handler"].freenoise)
+        if shuffled[-1]:
+            noise[2:] = noise[:1]
+        return executor(guider, sigmas, extra, callback, noise, *rest)
+
+    def windowed(switched_on: bool) -> Any:
+        model = demo[0].clone()
+        handler = context_windows.IndexListContextHandler(
+            context_windows.get_matching_context_schedule("standard_static"),
+            context_windows.get_matching_fuse_method("pyramid"),
+            context_length=2,
+            context_overlap=1,
+        )
+        handler.freenoise = switched_on
+        model.model_options["context_handler"] = handler
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "test", freenoise)
+        return model
+
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    masked = {**latent, "noise_mask": mask}
+    _, positive, negative = out(pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt"))
+    sigmas = schedule.sampling_sigmas(host.sigma_table(demo[0]), STEPS, "zero")
+
+    def node(model: Any, control: Any) -> Tensor:
+        return out(
+            pack_nodes.TAVSample.execute(
+                model,
+                positive,
+                negative,
+                masked,
+                STEPS,
+                5.0,
+                0.0,
+                0,
+                "zero",
+                **({"control": control} if control else {}),
+            )
+        )[0]["samples"]
+
+    def guided(model: Any, _: Any) -> Tensor:
+        guider = out(pack_nodes.EditGuider.execute(model, positive, negative, masked, PRESETS["object"], 5.0))[0]
+        start, euler = latent["samples"], comfy.samplers.sampler_object("euler")
+        return guider.sample(
+            torch.zeros_like(start), start, euler, sigmas, denoise_mask=mask, disable_pbar=True, seed=0
+        )
+
+    for edit, control in ((node, None), (node, PRESETS["object"]), (guided, None)):
+        assert torch.equal(edit(windowed(True), control), edit(windowed(False), control))
+    # Noise that a user draws may repeat.
+    shuffled.clear()
+    model, noise = windowed(True), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    assert shuffled == [True]
+
+
 def test_a_guider_finds_its_mask_in_context_windows(demo: Any, latent: dict[str, Any]) -> None:
     """The clip has three frames, and the look for the mask two noise levels."""
     from comfy import context_windows

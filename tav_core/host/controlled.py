@@ -19,7 +19,7 @@ from ..control.words import WORDS_KEY
 from ..errors import Refusal
 from ..inflate import Layout
 from .model import Conditioning, ModelPatcher
-from .windows import conds_in_window, for_frames, hints_in_window, window_frames
+from .windows import conds_in_window, for_frames, hints_in_window, keep_noise, window_frames
 
 _KEY = "tune-a-video control"
 # The name of the clip's sentence among a guider's conditionings.
@@ -74,6 +74,7 @@ def _outer_sample(run: ControlledRun) -> Any:
         noise, latent = run.start(noise, latent, seed or 0)
         if is_inverted and values.get("denoise_mask") is not None:
             noise, latent = run.split(latent, float(values["sigmas"][0]))
+            keep_noise(executor.class_obj.model_options)  # the guider has options of its own in a run
         values["noise"], values["latent_image"] = noise, latent
         try:
             edited = executor(*given.args, **given.kwargs)

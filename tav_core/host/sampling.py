@@ -16,6 +16,7 @@ from torch import Tensor
 from ..control.run import ControlledRun
 from .controlled import controlled_guider
 from .model import Conditioning, ModelPatcher
+from .windows import keep_noise
 
 # (step from 0, denoised x0, noisy x, number of steps), both latents [frames, c, h, w] in the UNet's own scale.
 StepCallback = Callable[[int, Tensor, Tensor, int], None]
@@ -38,11 +39,15 @@ def run_sampler(
 ) -> Tensor:
     """Run a sampler function with the host's classifier-free guidance.
 
-    ``conditioning``: positive and negative. ``latent`` [frames, c, h, w] in LATENT scale. ``noise``: added to it at
-    sigmas[0], none by default. ``seed``: for draws of the host's own. ``control``: an edit
+    ``conditioning``: positive and negative. ``latent`` [frames, c, h, w] in LATENT scale. ``noise``: the clip's, added
+    to it at sigmas[0], none by default. ``seed``: for draws of the host's own. ``control``: an edit
     control. ``options`` go to the sampler function. Returns samples in LATENT scale.
     """
-    noise = torch.zeros_like(latent) if noise is None else noise
+    if noise is None:
+        noise = torch.zeros_like(latent)
+    else:
+        model = model.clone()
+        keep_noise(model.model_options)
     sampler_object = comfy.samplers.KSAMPLER(partial(sampler, **options))
     shared: dict[str, Any] = {"callback": callback, "disable_pbar": callback is None, "seed": seed}
     if control is not None:

@@ -136,6 +136,18 @@ def for_frames(handler: Any) -> Any:
     return fitted
 
 
+def keep_noise(model_options: dict[str, Any]) -> None:
+    """Keep each frame's noise at its frame: FreeNoise of newer hosts' context windows would exchange them.
+
+    FreeNoise repeats the noise of the first frames in another order. Inverted noise holds its own frame.
+    """
+    handler = model_options.get("context_handler")
+    if getattr(handler, "freenoise", False):
+        kept = copy.copy(handler)
+        kept.freenoise = False
+        model_options["context_handler"] = kept
+
+
 def _frames_of(handler: Any, window: Any) -> list[int]:
     """Return the frames of the host's window, with those that newer hosts put ahead of it or keep in a place of it."""
     ahead = getattr(window, "causal_anchor_index", None)

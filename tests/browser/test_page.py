@@ -129,6 +129,22 @@ def test_a_tuning_is_cancelled_and_queued_again_and_stopped_by_its_button(
     assert page.evaluate("tav.ends[0]") == ["execution_success", ""]
 
 
+def test_dates_and_widgets_are_put_into_file_names(page: Any) -> None:
+    """As the page does for ComfyUI's own nodes; what is kept in the workflow stays as it was typed."""
+    load_demo(page, "tune-a-video-compare")
+    typed = "tav/%date:yyyy%-%Tune.seed%-of-%CheckpointLoaderSimple.ckpt_name%"
+    page.evaluate(
+        "() => { app.graph.nodes.find(n => n.type === 'TAV_OneShotTune').properties['Node name for S&R'] = 'Tune'; }"
+    )
+    set_widgets(page, {"filename_prefix": typed}, "TAV_SaveMotion")
+    queued = page.evaluate("async () => await app.graphToPrompt()")
+    (saving,) = [node for node in queued["output"].values() if node["class_type"] == "TAV_SaveMotion"]
+    name = saving["inputs"]["filename_prefix"]
+    assert re.fullmatch(rf"tav/20\d\d-0-of-{re.escape(workflows.CHECKPOINT)}", name), name
+    (kept,) = [node for node in queued["workflow"]["nodes"] if node["type"] == "TAV_SaveMotion"]
+    assert typed in kept["widgets_values"]
+
+
 def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer, tmp_path: Path) -> None:
     load_demo(page, "tune-a-video-step-by-step")
     clip = tmp_path / "my clip.mp4"
