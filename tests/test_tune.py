@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.inflate import Inflation
-from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings
+from tune_a_video.tav_core.motion.file import Motion
+from tune_a_video.tav_core.tuning.trainer import Trainer, TuneSettings, by_recipe
 from tuning_runs import Draw, Result, assert_same, run, seeded_draw, trainer_of
 from unets import UNETS, build_model
 
@@ -72,6 +74,27 @@ def test_same_seed_same_weights() -> None:
     first, again, other = tune(model), tune(model), tune(model, seed=1)
     assert_same(first, again)
     assert any(not torch.equal(value, other[0].tensors[key]) for key, value in first[0].tensors.items())
+
+
+def test_the_recipe_fast_is_a_fifth_of_the_steps_at_three_times_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pack_nodes
+
+    hidden = SimpleNamespace(prompt={}, unique_id="3", extra_pnginfo=None)
+    monkeypatch.setattr(pack_nodes.OneShotTune, "hidden", hidden)
+    monkeypatch.setattr(f"{pack_nodes.OneShotTune.__module__}.state_folder", lambda warn: None)
+    model = build_model(UNETS["tiny"])
+
+    def motion(steps: int, rate: float, warmup: int, **recipe: str) -> Motion:
+        inputs = (model, {"samples": clip()}, conditioning(model), steps, rate, 0, "all", "auto", warmup, 1.0)
+        return pack_nodes.OneShotTune.execute(*inputs, **recipe).result[1]
+
+    fast, same = motion(60, 1e-3, 0, recipe="fast"), motion(12, 3 * 1e-3, 10)
+    assert fast.metadata == same.metadata and fast.metadata["steps"] == "12"
+    assert all(torch.equal(value, same.tensors[name]) for name, value in fast.tensors.items())
+    assert motion(3, 1e-3, 0).metadata == motion(3, 1e-3, 0, recipe="released").metadata
+    given = TuneSettings(warmup_steps=50)
+    assert by_recipe(given, "released") is given
+    assert by_recipe(given, "fast").warmup_steps == 50 and by_recipe(TuneSettings(2), "fast").steps == 1
 
 
 def test_middle_and_up_leaves_the_down_blocks_alone() -> None:

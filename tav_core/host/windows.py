@@ -142,7 +142,7 @@ def keep_noise(model_options: dict[str, Any]) -> None:
     FreeNoise repeats the noise of the first frames in another order. Inverted noise holds its own frame.
     """
     handler = model_options.get("context_handler")
-    if getattr(handler, "freenoise", False):
+    if handler is not None and getattr(handler, "freenoise", False):
         kept = copy.copy(handler)
         kept.freenoise = False
         model_options["context_handler"] = kept
