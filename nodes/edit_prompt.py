@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from .support.limits import within_limits
+from .support.said import say
 from .support.types import CATEGORY, search_aliases
 
 NEGATIVES = ("empty prompt", "the clip's sentence")
@@ -58,11 +59,20 @@ class EditPrompt(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, source: str | None, edit: str | None) -> bool | str:
+        """Refuse sentences that were forgotten, before anything is tuned; None where one is linked."""
+        if source is None or edit is None or source.strip() or edit.strip():
+            return True
+        return "both sentences are empty. Write what the clip shows, and what it shall show."
+
+    @classmethod
     @within_limits
     def execute(
         cls, clip: Any, source: str, edit: str, negative_prompt: str, words_that_go: str = "", new_words: str = ""
     ) -> io.NodeOutput:
         """Refuses named words that are not in their sentence (ValueError)."""
+        if source.split() == edit.split():
+            say("source and edit are the same sentence: Edit Control finds nothing to change")
         negative = source if negative_prompt == NEGATIVES[1] else ""
         return io.NodeOutput(*host.encode_edit(clip, source, edit, words_that_go, new_words, negative))
 

@@ -170,7 +170,7 @@ def _input_file(name: Any) -> str:
     if not Path(path).is_relative_to(os.path.realpath(base)):
         raise Refusal("file", f"'{name}' is outside the {kind} folder", "Copy it there, or upload it.")
     if not os.path.isfile(path):
-        raise Refusal("file", f"'{name}' is not in the {kind} folder", "Upload it again, or choose another one.")
+        raise Refusal("file", f"'{name}' is not in the {kind} folder", "Upload it, or choose another one.")
     return path
 
 

@@ -53,13 +53,16 @@ class _Curve:
         self.reported = 0
         self.warned = False
 
-    def begin(self) -> None:
-        """Say what the steps will take, unless all of them are done already."""
+    def begin(self, note: str | None) -> None:
+        """Say what the steps will take, unless all of them are done already; and a note on the clip."""
         trainer = self._trainer
         left = trainer.settings.steps - trainer.done
+        lines = [note] if note else []
         if left > 0:
             planned = trainer.planned_bytes / 2**30
-            say(f"{left} steps, {planned:.1f} GiB planned beside the model's weights")
+            lines.append(f"{left} steps, {planned:.1f} GiB planned beside the model's weights")
+        if lines:
+            say("\n".join(lines))
 
     def warn(self, text: str) -> None:
         """Note under the curve that the run's state cannot be kept; the log has the reason."""
@@ -293,7 +296,6 @@ class OneShotTune(io.ComfyNode):
         """Refuses inputs that don't fit together before any work (ValueError)."""
         host.check_model(model)
         samples = host.check_latent(model, latent)
-        host.warn_of_small_clip(model, samples)
         host.check_conditioning(model, "conditioning", conditioning, len(samples))
         host.check_single_prompt(conditioning)
         start = motion or host.carried_motion(model, whole=not rank)
@@ -327,7 +329,7 @@ class OneShotTune(io.ComfyNode):
             trainer = Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)
             curve = _Curve(trainer, preview)
             with Checkpoint(state_folder(curve.warn), trainer, curve.warn) as run:
-                curve.begin()
+                curve.begin(host.small_clip(model, samples))
                 for _ in trainer:
                     if preview_every and trainer.done % preview_every == 0:
                         curve.reconstruct()

@@ -121,7 +121,14 @@ def test_a_named_word_that_the_sentence_lacks_is_told(demo: Any, named: str) -> 
         pack_nodes.EditPrompt.execute(demo[1], sentence, EDIT, "empty prompt", words_that_go=named)
 
 
+def test_sentences_that_were_forgotten_are_refused_before_anything_runs() -> None:
+    check = pack_nodes.EditPrompt.validate_inputs
+    assert check(" ", "\n") == "both sentences are empty. Write what the clip shows, and what it shall show."
+    assert [check(*each) for each in ((SOURCE, ""), ("", EDIT), (None, ""), ("", None))] == [True] * 4
+
+
 def test_the_same_sentence_twice_is_told(demo: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     pack_nodes.EditPrompt.execute(demo[1], SOURCE, EDIT, "empty prompt")
     assert "same sentence" not in caplog.text
     pack_nodes.EditPrompt.execute(demo[1], SOURCE, f" {SOURCE}\n", "empty prompt")

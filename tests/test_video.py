@@ -272,7 +272,7 @@ def test_a_crash_of_decord_is_its_own_affair(
     with caplog.at_level("INFO"):
         clip = load_clip(clips["plain.mp4"], 3, "frames", 4, resize="keep")
     assert numbers(clip.images) == [3, 4, 5, 6]
-    assert "decord_frames does not read it (std::bad_alloc)" in caplog.text
+    assert "decord_frames leaves it to the next reader (std::bad_alloc)" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to a limit of its memory")
@@ -865,7 +865,7 @@ def test_paths_outside_the_input_folder_are_refused(nodes: SimpleNamespace, inpu
     for name in ("a\0b.mp4", "", 5, "a\ud800b.mp4"):
         assert check(file=name).endswith("is not the name of a file. Choose one from the list or upload one.")
     for name in ("gone.mp4", "folder/gone.mp4"):
-        assert check(file=name) == f"'{name}' is not in the input folder. Upload it again, or choose another one."
+        assert check(file=name) == f"'{name}' is not in the input folder. Upload it, or choose another one."
 
 
 @pytest.mark.comfyui

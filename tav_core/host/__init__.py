@@ -27,7 +27,7 @@ from .inputs import (
     check_prediction,
     check_single_prompt,
     left_out_of_tuning,
-    warn_of_small_clip,
+    small_clip,
 )
 from .lend import (
     WeightAndBias,
@@ -127,11 +127,11 @@ __all__ = [
     "run_sampler",
     "saves_workflows",
     "sigma_table",
+    "small_clip",
     "stored_tensors",
     "text_embedding",
     "unet_conditions",
     "unet_of",
-    "warn_of_small_clip",
     "weight_shape",
     "weights_on_device",
     "without_inflation",

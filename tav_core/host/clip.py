@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -77,8 +76,6 @@ def encode_edit(
     """
     if clip is None:
         raise Refusal("clip", "the checkpoint has none", "Connect Load CLIP with the text model of the model's family.")
-    if source.split() == edit.split():
-        logging.warning("Tune-A-Video: source and edit are the same sentence: Edit Control finds nothing to change")
     words = [_words(clip, text) for text in (source, edit)]
     gone, added, pairs = aligned(*words)
     for name, text, sentence, found in (("words_that_go", goes, words[0], gone), ("new_words", new, words[1], added)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,17 +152,16 @@ def _takes_pooled(model: ModelPatcher, options: Mapping[str, Any]) -> bool:
     return made is None or made.shape[-1] == channels
 
 
-def warn_of_small_clip(model: ModelPatcher, samples: Tensor) -> None:
-    """Log where a clip has less than a quarter of the area that the model's family was trained at."""
+def small_clip(model: ModelPatcher, samples: Tensor) -> str | None:
+    """Return what to say of a clip with less than a quarter of the area that the model's family was trained at."""
     side, (height, width) = _NATIVE_SIDE.get(family(model), 0), samples.shape[-2:]
-    if height * width < side**2 / 4:
-        logging.warning(
-            "Tune-A-Video: the clip is %d x %d, and %s was trained at %d x %d: it knows little of pictures so small. "
-            "Load the clip larger.",
-            *(PIXELS_PER_LATENT * size for size in (width, height)),
-            family(model),
-            *(PIXELS_PER_LATENT * side,) * 2,
-        )
+    if height * width >= side**2 / 4:
+        return None
+    shown, native = (f"{PIXELS_PER_LATENT * w} x {PIXELS_PER_LATENT * h}" for w, h in ((width, height), (side, side)))
+    return (
+        f"the clip is {shown}, and {family(model)} was trained at {native}: it knows little of pictures so small. "
+        "Load the clip larger."
+    )
 
 
 def check_single_prompt(conditioning: Conditioning) -> None:

@@ -64,7 +64,7 @@ def read_frames(
             return images
         except CannotReadError as error:
             reason = str(error)
-            logging.info("%s: %s does not read it (%s)", info.name, reader.__name__, reason)
+            logging.info("Tune-A-Video: %s: %s leaves it to the next reader (%s)", info.name, reader.__name__, reason)
     if mentions_oom(reason):
         raise MemoryError(reason)
     raise Refusal(

@@ -152,6 +152,10 @@ def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer,
     button = page.evaluate(
         "() => app.graph.nodes.find(n => n.type === 'TAV_LoadVideo').widgets.find(w => w.type === 'button').name"
     )
+    loading = "app.graph.nodes.find(n => n.type === 'TAV_LoadVideo')"
+    page.evaluate(
+        f"() => {{ tav.changed = []; {loading}.onWidgetChanged = (...each) => tav.changed.push(each.slice(0, 2)); }}"
+    )
     choosers: list[Any] = []
     page.on("filechooser", lambda chooser: choosers.append(chooser))
     for _ in range(4):
@@ -164,6 +168,12 @@ def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer,
     value = "() => app.graph.nodes.find(n => n.type === 'TAV_LoadVideo').widgets.find(w => w.name === 'file').value"
     wait_until(page, f"() => ({value})() === 'my clip.mp4'")
     assert (server.input_folder / "my clip.mp4").read_bytes() == clip.read_bytes()
+    # What the page said of a missing clip is taken back, and its player is no input: that would tune anew.
+    wait_until(page, f"() => {loading}.widgets.some(w => w.name === 'video-preview')")
+    assert ["file", "my clip.mp4"] in page.evaluate("tav.changed")
+    queued = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    (inputs,) = [node["inputs"] for node in queued.values() if node["class_type"] == "TAV_LoadVideo"]
+    assert "video-preview" not in inputs and inputs["file"] == "my clip.mp4"
 
 
 def test_the_page_had_nothing_to_complain_of(page: Any, complaints: list[str]) -> None:

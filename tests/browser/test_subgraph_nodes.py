@@ -135,7 +135,9 @@ def test_a_video_is_edited_by_one_node(page: Any, mode: str, server: HostServer,
     else:
         drawn = (
             "() => { const n = app.graph.nodes.at(-1), widgets = n.widgets.filter(w => w.name.startsWith('$$'));"
-            "return widgets.filter(w => w.computedHeight > 50).length === 1; }"
+            # Not the square edit alone: the comparison is wider than high.
+            "const seen = widgets.filter(w => w.computedHeight > 50);"
+            "return seen.length === 1 && seen[0].computedHeight < 0.75 * n.size[0]; }"
         )
         wait_until(page, drawn)
     page.wait_for_timeout(2000)
@@ -266,6 +268,9 @@ def test_a_clip_is_uploaded_to_the_one_node(
     wait_until(page, "name => app.graph.nodes.at(-1).widgets.find(w => w.name === 'file').value === name", clip.name)
     assert (server.input_folder / clip.name).read_bytes() == clip.read_bytes()
     assert [each["inputs"]["file"] for each in queued(page).values() if "file" in each["inputs"]] == [clip.name]
+    if mode != "nodes-2":  # there the page uploads by itself
+        assert page.evaluate("name => app.graph.nodes.at(-1).widgets.find(w => w.name === 'file').options.values"
+                             ".includes(name)", clip.name)  # fmt: skip
     page.evaluate("() => app.canvas.openSubgraph(app.graph.nodes.at(-1).subgraph, app.graph.nodes.at(-1))")
     seen = "name => [...document.querySelectorAll('video')].some(v => v.src.includes(name) && v.videoWidth)"
     wait_until(page, seen, clip.name)

@@ -18,7 +18,8 @@ function explain(node) {
 // The previews of a run, then its video. The page itself shows a promoted preview once there is one and "Disconnected"
 // until then. This widget is always there, and takes no room on its own node, nor where there is no picture.
 
-const VIDEOS = ["TAV_SaveVideo", "TAV_CompareVideos"];
+const COMPARISON = "TAV_CompareVideos";
+const VIDEOS = ["TAV_SaveVideo", COMPARISON];
 const SHOWING = ["TAV_OneShotTune", "TAV_DDIMInvert", "TAV_Sample", ...VIDEOS];
 // Names that begin so are previews to the page; Nodes 2.0 then shows them by itself.
 const NAME = "$$tav-preview";
@@ -36,11 +37,15 @@ function picture(node) {
     return seen.get(node);
 }
 
-// The node's picture, if it is the newest of its graph and the graph is not the one on the canvas.
+// The node's picture, if it is the newest of its graph and the graph is not the one on the canvas. A comparison shows
+// the saved edit, too.
 function shown(node) {
     if (!node.graph || app.canvas?.graph === node.graph) return null;
     const own = picture(node);
-    const others = node.graph.nodes.filter((each) => SHOWING.includes(each.comfyClass)).map(picture);
+    const showing = node.graph.nodes.filter((each) => SHOWING.includes(each.comfyClass));
+    const compared = showing.some((each) => each.comfyClass === COMPARISON && picture(each));
+    if (compared && node.comfyClass === "TAV_SaveVideo") return null;
+    const others = showing.filter((each) => !compared || each.comfyClass !== "TAV_SaveVideo").map(picture);
     return own && others.every((other) => !other || other.since <= own.since) ? own : null;
 }
 
@@ -138,6 +143,16 @@ function passInside(holder) {
         }
 }
 
+// Sets a file that was uploaded to an inner node, as if it had been chosen on the subgraph's node.
+function take(holder, widget, file) {
+    const before = widget.value, listed = widget.options?.values;
+    if (before === file) return;
+    if (Array.isArray(listed) && !listed.includes(file)) listed.push(file);
+    widget.value = file;
+    holder.onWidgetChanged?.(widget.name, file, before, widget);
+    app.canvas.setDirty(true, true);
+}
+
 function complete(holder) {
     if (!isOurs(holder)) return;
     for (const node of inside(holder)) {
@@ -151,7 +166,7 @@ function complete(holder) {
             await button.callback(value, canvas, holder);
             for (const [widget, inner] of promoted(holder)) {
                 const file = inner.find((each) => each.name === "file" && node.widgets.includes(each));
-                if (file) widget.value = file.value;
+                if (file) take(holder, widget, file.value);
             }
         };
         const own = holder.addWidget("button", button.name, null, pressed, { serialize: false });

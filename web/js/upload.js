@@ -23,8 +23,11 @@ async function upload(node, file) {
     const { name, subfolder } = await answer.json();
     const path = subfolder ? `${subfolder}/${name}` : name;
     if (!widget.options.values.includes(path)) widget.options.values.push(path);
+    const before = widget.value;
     widget.value = path;
     widget.callback?.(path);
+    // The page then takes back what it has said of a missing clip.
+    node.onWidgetChanged?.(widget.name, path, before, widget);
 }
 
 app.registerExtension({
