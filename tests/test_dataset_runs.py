@@ -83,7 +83,7 @@ def test_workers_that_are_killed_cost_the_edit_in_their_hands_only(tmp_path: Pat
 
     def kill() -> None:
         nonlocal killed
-        while killed < 5:
+        while killed < 3:  # on a slow machine all may meet one edit, and four would end it
             time.sleep(choice.uniform(0.2, 0.5))
             if process := workers[int(choice.integers(2))].process_id:
                 os.kill(process, signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_workers_that_are_killed_cost_the_edit_in_their_hands_only(tmp_path: Pat
     killer.start()
     outcome = jobs.share(rough, workers, True, quiet)
     killer.join(10)
-    assert killed == 5 and 1 <= outcome.deaths <= 5
+    assert killed == 3 and 1 <= outcome.deaths <= 3
     assert outcome.made == len(rough) and not outcome.failed and not outcome.left
     assert pixels(rough)[: len(calm)] == pixels(calm)
     made = (tmp_path / "rough" / "work" / "made.txt").read_text().split("\n")[:-1]
