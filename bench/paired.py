@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-# With fewer independent clips a difference is told without significance.
+# With fewer independent clips a difference is reported without significance.
 LEAST_CLIPS = 4
 LEVEL = 0.05
 # More halvings than this are not all tried, but this many random ones.

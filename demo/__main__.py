@@ -128,7 +128,7 @@ def edit(arguments: argparse.Namespace, comfyui: Path | None) -> None:
     if arguments.again:
         shutil.rmtree(folder, ignore_errors=True)
     elif not folder.exists() and _done(output, job.files(), made_from):
-        print(f"Done already; --again makes everything anew. The results are in {output}:")
+        print(f"Done already; --again makes everything again. The results are in {output}:")
         _show(json.loads((output / job.REPORT).read_text()), output)
         return
     for other in output.glob(".unfinished-*"):

@@ -112,7 +112,7 @@ def graph(take: Take) -> dict[str, dict[str, Any]]:
 def run(comfyui: Path, folder: Path) -> dict[str, float]:
     """Does the job on `folder`'s clip, leaves edits, loss curve and motion beside it; seconds of each part.
 
-    Edits that are there are not made again. Cancelled, a tuning keeps its state below `folder` and goes on from it.
+    Edits that are there are not made again. A cancelled tuning keeps its state below `folder` and resumes from it.
     """
     print(f"Starting the ComfyUI {host_version(comfyui)} in {comfyui} ...", flush=True)
     seconds: dict[str, float] = {}

@@ -41,7 +41,7 @@ _LEAST_OVERLAP = 12
 class Method(NamedTuple):
     """A way of editing a clip. ``inflation`` None: the image model, frame by frame.
 
-    ``fresh``: share of the variance of the inverted noise that is drawn anew, another one for each frame.
+    ``fresh``: share of the variance of the inverted noise that is replaced by new noise, drawn for each frame.
     ``control``: what the edit keeps of the clip; it needs the inversion. ``negative``: sentence that guidance leads
     away from. ``guidance``: its scale, None for that of the settings. ``kinds``: the kinds of edits that it is meant
     for, none for all. ``tuned_on``: "all" frames in every step; "windows" of a quarter of them, another one each step

@@ -211,7 +211,7 @@ class _Loop:
         if state["steps"] != self.steps:
             raise SystemExit(
                 f"{self.file} belongs to a run of {state['steps']} steps, not {self.steps}: "
-                "delete it to begin anew, or ask for as many steps."
+                "delete it to start over, or ask for as many steps."
             )
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):

@@ -60,7 +60,7 @@ class EditPrompt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, source: str | None, edit: str | None) -> bool | str:
-        """Refuse sentences that were forgotten, before anything is tuned; None where one is linked."""
+        """Refuse two empty sentences before anything runs. A linked sentence is None here."""
         if source is None or edit is None or source.strip() or edit.strip():
             return True
         return "both sentences are empty. Write what the clip shows, and what it shall show."

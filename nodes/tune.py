@@ -54,7 +54,7 @@ class _Curve:
         self.warned = False
 
     def begin(self, note: str | None) -> None:
-        """Say what the steps will take, unless all of them are done already; and a note on the clip."""
+        """Show the number of steps left and their planned memory, if any are left, below a note on the clip."""
         trainer = self._trainer
         left = trainer.settings.steps - trainer.done
         lines = [note] if note else []
@@ -235,8 +235,8 @@ class OneShotTune(io.ComfyNode):
                     min=0,
                     max=100_000,
                     optional=True,
-                    tooltip="Frames that a step sees: the clip's first one, and others in a row, drawn anew for each "
-                    "step. Memory and a step's time then do not grow with the clip. For long clips, 16 to 24. "
+                    tooltip="Frames that a step sees: the clip's first one, and consecutive ones that each step "
+                    "draws again. Memory and a step's time then do not grow with the clip. For long clips, 16 to 24. "
                     "0 = all frames.",
                 ),
                 io.Int.Input(

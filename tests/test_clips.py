@@ -482,7 +482,7 @@ def joined(parts: list[Path], path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
 def test_recordings_put_one_after_the_other_play_so(tmp_path: Path, name: str) -> None:
-    """The second one's times begin anew, and between those of the first one's frames."""
+    """The second one's times restart, and between those of the first one's frames."""
     codec = X264 if name == "a.ts" else ["-c:v", "mpeg2video", "-q:v", "2", "-bf", "2"]
     parts = []
     for number, (rate, beep) in enumerate([("25", 0.5), ("50", 0.3)]):

@@ -83,7 +83,7 @@ def test_workers_that_are_killed_cost_the_edit_in_their_hands_only(tmp_path: Pat
 
     def kill() -> None:
         nonlocal killed
-        while killed < 3:  # on a slow machine all may meet one edit, and four would end it
+        while killed < 3:  # a slow machine may lose one edit to every kill; the fourth would give it up
             time.sleep(choice.uniform(0.2, 0.5))
             if process := workers[int(choice.integers(2))].process_id:
                 os.kill(process, signal.SIGKILL)
@@ -304,7 +304,7 @@ def test_other_systems_are_scored_by_the_same_evaluator(tmp_path: Path) -> None:
     assert sum("is not there" in line for line in missing) == 2
     by_method = {each.method: each.figures for each in scored}
     assert by_method["other"].keys() == by_method[jobs.TUNED].keys()
-    # Kept scores are taken again, and computed anew when a picture changes.
+    # Kept scores are reused, and computed again when a picture changes.
     kept = output / "scores" / jobs.TUNED / "DAVIS_480p" / "dog" / "style.json"
     value = json.loads(kept.read_text())
     value["figures"]["WarpSSIM"] = 7.0

@@ -261,7 +261,7 @@ def test_a_guider_takes_a_noise_mask_as_the_node_does(demo: Any, latent: dict[st
 
 
 def test_a_masked_clip_keeps_each_frames_noise_in_windows_with_freenoise(demo: Any, latent: dict[str, Any]) -> None:
-    """A switch of newer hosts' Context Windows, which lets later frames repeat the noise of the first, in place."""
+    """FreeNoise overwrites the noise of later frames with that of the first ones, in place."""
     import comfy.patcher_extension
     import comfy.samplers
     from comfy import context_windows
@@ -295,20 +295,8 @@ def test_a_masked_clip_keeps_each_frames_noise_in_windows_with_freenoise(demo: A
     sigmas = schedule.sampling_sigmas(host.sigma_table(demo[0]), STEPS, "zero")
 
     def node(model: Any, control: Any) -> Tensor:
-        return out(
-            pack_nodes.TAVSample.execute(
-                model,
-                positive,
-                negative,
-                masked,
-                STEPS,
-                5.0,
-                0.0,
-                0,
-                "zero",
-                **({"control": control} if control else {}),
-            )
-        )[0]["samples"]
+        inputs = model, positive, negative, masked, STEPS, 5.0, 0.0, 0, "zero"
+        return out(pack_nodes.TAVSample.execute(*inputs, control=control))[0]["samples"]
 
     def guided(model: Any, _: Any) -> Tensor:
         guider = out(pack_nodes.EditGuider.execute(model, positive, negative, masked, PRESETS["object"], 5.0))[0]

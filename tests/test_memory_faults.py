@@ -275,7 +275,7 @@ def test_a_state_that_cannot_be_written_for_want_of_memory_stops_nothing(
 def test_a_state_that_cannot_be_read_for_want_of_memory_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not damaged: starting anew would write over it."""
+    """It is not damaged: a new run would overwrite it."""
     model = build_model(UNETS["tiny"])
     tune(model, tmp_path)
     (path,) = tmp_path.iterdir()

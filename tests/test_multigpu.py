@@ -81,7 +81,7 @@ def test_what_runs_are_the_layers_beside_the_model_that_runs(motion: Motion) -> 
 def options(cache: FirstFrameCache | None, indices: list[int]) -> dict[str, Any]:
     found = {
         "ad_params": {"sub_idxs": indices},
-        "sample_sigmas": torch.ones(3),  # made anew for each call
+        "sample_sigmas": torch.ones(3),  # a new tensor for each call
         "uuids": ["a"],
         "cond_or_uncond": [0],
     }

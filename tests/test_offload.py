@@ -302,10 +302,10 @@ def test_converted_weights_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPat
             return run(trainer)
 
     expected = with_all_kept(1.0)
-    anew, conversions = conversions, 0
+    uncached, conversions = conversions, 0
     assert_same(with_all_kept(1e12), expected)
     # Three probes and one time of four steps, forward and backward.
-    assert conversions < anew / 2
+    assert conversions < uncached / 2
     # And given up first when memory turns out to be short.
     predict = Scarce(TrainingUNet.predict, 4)
     monkeypatch.setattr(TrainingUNet, "predict", predict)

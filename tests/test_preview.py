@@ -188,6 +188,15 @@ def test_a_tuning_says_what_it_takes_before_its_first_step(
     assert len(server) == 1
 
 
+def test_a_tuning_warns_of_a_small_clip_in_the_node(
+    node: Context, server: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_a_video.tav_core.host.inputs.family", lambda model: "SD1")
+    node.tune(seed=78, steps=1)
+    ((text, _),) = server
+    assert text.startswith("the clip is 64 x 64, and SD1 was trained at 512 x 512") and "\n1 steps, " in text
+
+
 def test_control_says_what_it_adds_after_the_first_step(method: Any, shown: Any, server: list[tuple[str, str]]) -> None:
     method("none")
     with shown.module.MovingPreview(2) as preview:

@@ -43,7 +43,7 @@ def main() -> None:
         answer: dict[str, Any] = {"ok": True}
         try:
             editor.edit(Job(**{**values, **paths}))
-        except Exception as error:  # the study goes on with the other edits
+        except Exception as error:  # the study continues with the other edits
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
 

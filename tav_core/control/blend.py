@@ -22,7 +22,7 @@ _LEAST_TOP = 0.3
 
 
 def grid(tokens: int, height: int, width: int) -> tuple[int, int, int] | None:
-    """Return height, width and halvings of a layer of so many tokens in a UNet for latents [height, width]."""
+    """Return height, width and halvings of a layer with ``tokens`` tokens in a UNet for latents [height, width]."""
     for halvings in range(8):
         if height * width == tokens:
             return height, width, halvings

@@ -84,7 +84,7 @@ class ControlledRun:
         self._found = difference_mask(differences, self.control.threshold)
 
     def start(self, noise: Tensor, latent: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return noise and latent of a sampling with a share of the noise drawn anew.
+        """Return noise and latent of a sampling in which a share of the noise is new.
 
         ``noise``: of unit variance, or zeros for a ``latent`` that is noise already, in LATENT scale.
         """

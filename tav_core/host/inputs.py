@@ -153,7 +153,10 @@ def _takes_pooled(model: ModelPatcher, options: Mapping[str, Any]) -> bool:
 
 
 def small_clip(model: ModelPatcher, samples: Tensor) -> str | None:
-    """Return what to say of a clip with less than a quarter of the area that the model's family was trained at."""
+    """Return a warning if a clip has less than a quarter of the area that the model's family was trained at.
+
+    ``samples``: the clip's latent [frames, c, h, w]. None for larger clips and unknown families.
+    """
     side, (height, width) = _NATIVE_SIDE.get(family(model), 0), samples.shape[-2:]
     if height * width >= side**2 / 4:
         return None

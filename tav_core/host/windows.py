@@ -137,9 +137,10 @@ def for_frames(handler: Any) -> Any:
 
 
 def keep_noise(model_options: dict[str, Any]) -> None:
-    """Keep each frame's noise at its frame: FreeNoise of newer hosts' context windows would exchange them.
+    """Switch FreeNoise off in a run's ``model_options``, whose handler is replaced by a copy.
 
-    FreeNoise repeats the noise of the first frames in another order. Inverted noise holds its own frame.
+    FreeNoise (arXiv 2310.15169) is an option of newer hosts' context windows. It overwrites the noise of later frames
+    with that of the first ones, and a frame's inverted noise describes that frame.
     """
     handler = model_options.get("context_handler")
     if handler is not None and getattr(handler, "freenoise", False):

@@ -64,7 +64,7 @@ class VideoInfo:
     def span(self, indices: Sequence[int], step: int) -> tuple[float, float]:
         """Return when frames with these indices, increasing by ``step``, begin and end, in seconds.
 
-        The last one lasts until the next one at that step; where the clip ends before, as if it went on.
+        The last one lasts until the next one at that step, even past the clip's end.
         """
         return self.times[indices[0]], self._time(indices[-1] + step)
 

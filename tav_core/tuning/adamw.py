@@ -19,8 +19,8 @@ class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW with its state made at once, and moments that can be moved to RAM in mid-run.
 
     In RAM they still are updated on the device, by the same kernel, a few parameters at a time: weights are bit for
-    bit the same either way. A step that runs out of memory has updated whole parameters only, and ``step`` called
-    again goes on with the others.
+    bit the same either way. A step that runs out of memory has updated whole parameters only; another call of ``step``
+    updates the rest.
     """
 
     def __init__(

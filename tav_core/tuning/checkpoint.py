@@ -133,7 +133,7 @@ class Checkpoint:
 
 
 class RunFile:
-    """The state of one run on disk. ``run``: its fingerprint, by which a file of another run is told apart."""
+    """The state of one run on disk. ``run``: its fingerprint, which tells it from files of other runs."""
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self._run = path, run

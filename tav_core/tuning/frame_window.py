@@ -1,4 +1,4 @@
-"""Tune on windows of a long clip: its first frame, and some frames in a row that each step draws anew.
+"""Tune on windows of a long clip: its first frame, and consecutive frames that each step draws again.
 
 Memory then depends on the window's length and not on the clip's. Spatial attention keeps the clip's first frame, as
 everywhere in the method; temporal attention and pooled norms see the window alone.

@@ -168,7 +168,7 @@ def test_a_clip_is_uploaded_by_load_videos_button(page: Any, server: HostServer,
     value = "() => app.graph.nodes.find(n => n.type === 'TAV_LoadVideo').widgets.find(w => w.name === 'file').value"
     wait_until(page, f"() => ({value})() === 'my clip.mp4'")
     assert (server.input_folder / "my clip.mp4").read_bytes() == clip.read_bytes()
-    # What the page said of a missing clip is taken back, and its player is no input: that would tune anew.
+    # The change clears the page's message about a missing clip. The player must not be queued as an input.
     wait_until(page, f"() => {loading}.widgets.some(w => w.name === 'video-preview')")
     assert ["file", "my clip.mp4"] in page.evaluate("tav.changed")
     queued = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")

@@ -81,7 +81,7 @@ def add(page: Any, name: str, **values: Any) -> str:
     page.mouse.click(920, 700, delay=100)
     wait_until(page, "() => !app.graph.nodes.at(-1).flags.ghost")
     inside = {"learning_rate": 3e-4, "preview_every": 5, "steps": 4, "frame_step": 1, "guidance": 5}
-    # Always another one, or the host would have the result already: a cleared graph begins its ids anew.
+    # Always another value, or the host would reuse its result: a cleared graph numbers its nodes from the start.
     inside["seed"] = next(SEEDS)
     node = page.evaluate(CONNECT, [{**DEMO, **values}, inside])
     page.wait_for_timeout(1000)

@@ -73,12 +73,12 @@ def test_tuning_goes_on_from_a_motion(server, motion_file):
     motion = graph.add("TAV_LoadMotion", file=motion_file)[0]
     model = inflate(graph, loaded.model)
     continued = tune(graph, model, latent, source, motion=motion, steps=1, learning_rate=1e-6)
-    anew = tune(graph, model, latent, source, steps=1, learning_rate=1e-6)
+    retuned = tune(graph, model, latent, source, steps=1, learning_rate=1e-6)
     given, gone_on, started = server.latents(
         graph,
         edit(graph, loaded, inflate(graph, loaded.model, motion=motion), latent),
         edit(graph, loaded, continued[0], latent),
-        edit(graph, loaded, anew[0], latent),
+        edit(graph, loaded, retuned[0], latent),
     )
     assert relative_error(gone_on, given) < relative_error(started, given) / 10
     assert not torch.equal(gone_on, given)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.host, pytest.mark.shared]
 
 
 class StockPicture:
-    """The stock text-to-image result, computed anew from the checkpoint that the host has in memory."""
+    """The stock text-to-image result, computed again from the checkpoint that the host has in memory."""
 
     def __init__(self, server):
         self.server = server

@@ -19,7 +19,8 @@ function explain(node) {
 // until then. This widget is always there, and takes no room on its own node, nor where there is no picture.
 
 const COMPARISON = "TAV_CompareVideos";
-const VIDEOS = ["TAV_SaveVideo", COMPARISON];
+const SAVED = "TAV_SaveVideo";
+const VIDEOS = [SAVED, COMPARISON];
 const SHOWING = ["TAV_OneShotTune", "TAV_DDIMInvert", "TAV_Sample", ...VIDEOS];
 // Names that begin so are previews to the page; Nodes 2.0 then shows them by itself.
 const NAME = "$$tav-preview";
@@ -37,16 +38,15 @@ function picture(node) {
     return seen.get(node);
 }
 
-// The node's picture, if it is the newest of its graph and the graph is not the one on the canvas. A comparison shows
-// the saved edit, too.
+// The node's picture, if it is the newest of its graph and the graph is not the one on the canvas. A comparison replaces
+// the saved edit, which it contains.
 function shown(node) {
     if (!node.graph || app.canvas?.graph === node.graph) return null;
-    const own = picture(node);
-    const showing = node.graph.nodes.filter((each) => SHOWING.includes(each.comfyClass));
-    const compared = showing.some((each) => each.comfyClass === COMPARISON && picture(each));
-    if (compared && node.comfyClass === "TAV_SaveVideo") return null;
-    const others = showing.filter((each) => !compared || each.comfyClass !== "TAV_SaveVideo").map(picture);
-    return own && others.every((other) => !other || other.since <= own.since) ? own : null;
+    const showing = node.graph.nodes.filter((each) => SHOWING.includes(each.comfyClass) && picture(each));
+    const compared = showing.some((each) => each.comfyClass === COMPARISON);
+    const rivals = compared ? showing.filter((each) => each.comfyClass !== SAVED) : showing;
+    const newest = Math.max(...rivals.map((each) => picture(each).since));
+    return rivals.includes(node) && picture(node).since === newest ? picture(node) : null;
 }
 
 function heightWithin(found, width) {
@@ -143,7 +143,7 @@ function passInside(holder) {
         }
 }
 
-// Sets a file that was uploaded to an inner node, as if it had been chosen on the subgraph's node.
+// Selects a file that was uploaded to an inner node, as a choice on the subgraph's node would.
 function take(holder, widget, file) {
     const before = widget.value, listed = widget.options?.values;
     if (before === file) return;
@@ -174,7 +174,7 @@ function complete(holder) {
     }
     const showing = () => inside(holder).filter((each) => SHOWING.includes(each.comfyClass));
     if (showing().length && !widgetNamed(holder, NAME)) addPicture(holder, showing);
-    // The last, since the page makes the widgets anew when an input goes.
+    // Last, because the page recreates the widgets when an input is removed.
     explainInputs(holder);
 }
 

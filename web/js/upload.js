@@ -26,7 +26,7 @@ async function upload(node, file) {
     const before = widget.value;
     widget.value = path;
     widget.callback?.(path);
-    // The page then takes back what it has said of a missing clip.
+    // Clears the page's message about a missing clip.
     node.onWidgetChanged?.(widget.name, path, before, widget);
 }
 

@@ -1,4 +1,4 @@
-// What is queued of a node's widgets.
+// Which values of a node's widgets the page sends to the queue, and how.
 import { app } from "../../../scripts/app.js";
 
 const SAVING = ["TAV_SaveVideo", "TAV_SaveMotion"];
@@ -10,14 +10,13 @@ function replaceInName(node) {
     if (widget && replaced) widget.serializeValue = () => replaced(app, String(widget.value));
 }
 
-// The page queues the player of a video as an input, once there is one. To ComfyUI that is another input than before: it
-// would load the clip again, and tune and invert anew.
+// Once a node plays a video, the page queues the player as an input. ComfyUI's cache then takes the node for changed:
+// it would load the clip, tune and invert again.
 function leaveOutPlayer(node) {
     const { addDOMWidget } = node;
-    if (!addDOMWidget) return;
     node.addDOMWidget = function () {
         const widget = addDOMWidget.apply(this, arguments);
-        if (widget?.name === "video-preview") widget.options = { ...widget.options, serialize: false };
+        if (widget.name === "video-preview") widget.options = { ...widget.options, serialize: false };
         return widget;
     };
 }
