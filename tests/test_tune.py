@@ -76,7 +76,15 @@ def test_same_seed_same_weights() -> None:
     assert any(not torch.equal(value, other[0].tensors[key]) for key, value in first[0].tensors.items())
 
 
-def test_the_recipe_fast_is_a_fifth_of_the_steps_at_three_times_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_fast_is_a_fifth_of_the_steps_at_three_times_the_rate() -> None:
+    given = TuneSettings(500, 3e-5)
+    assert by_recipe(given, "released") is given
+    assert by_recipe(given, "fast") == TuneSettings(100, 3 * 3e-5, warmup_steps=10)
+    assert by_recipe(TuneSettings(2, warmup_steps=50), "fast") == TuneSettings(1, 3 * 3e-5, warmup_steps=50)
+
+
+@pytest.mark.comfyui
+def test_the_node_tunes_by_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     import pack_nodes
 
     hidden = SimpleNamespace(prompt={}, unique_id="3", extra_pnginfo=None)
@@ -92,9 +100,6 @@ def test_the_recipe_fast_is_a_fifth_of_the_steps_at_three_times_the_rate(monkeyp
     assert fast.metadata == same.metadata and fast.metadata["steps"] == "12"
     assert all(torch.equal(value, same.tensors[name]) for name, value in fast.tensors.items())
     assert motion(3, 1e-3, 0).metadata == motion(3, 1e-3, 0, recipe="released").metadata
-    given = TuneSettings(warmup_steps=50)
-    assert by_recipe(given, "released") is given
-    assert by_recipe(given, "fast").warmup_steps == 50 and by_recipe(TuneSettings(2), "fast").steps == 1
 
 
 def test_middle_and_up_leaves_the_down_blocks_alone() -> None:
