@@ -12,10 +12,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import auxiliary_losses
 import comfy.clip_model
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
-import lessons
 import numpy as np
 import tokens
 import torch
@@ -36,7 +36,7 @@ _EMPTY_CAPTION_RATE = 0.1
 _GRID_STEPS, _GRID_GUIDANCE = 20, 5.0
 _EMA = 0.999
 _SNR_LIMIT = 5.0
-_LESSONS_WEIGHT = 0.03
+_AUXILIARY_WEIGHT = 0.03
 # Steps of the CLIP image encoder in the first cycle, and in one that starts from weights.
 _VISION_STEPS, _MORE_VISION_STEPS = 1000, 300
 _LEARNING_RATE, _LATER_LEARNING_RATE = 1e-3, 7e-4
@@ -399,8 +399,8 @@ def _diffusion(
     # them: the same loss on average, with no step spent on what hardly counts.
     weights = (_SNR_LIMIT * (1 - alpha_bars) / alpha_bars).clamp(0.1, 1)
     latents = latents.to(device)
-    shown = lessons.drawn(scenes)
-    taught = lessons.Lessons(
+    labels = auxiliary_losses.label(scenes)
+    auxiliary = auxiliary_losses.AuxiliaryLosses(
         unet,
         [int(encoded.ids(word)[1]) for word in (*world.SHAPES, *world.PLURALS.values())],
         int(encoded.ids("and")[1]),
@@ -412,15 +412,15 @@ def _diffusion(
         captions = encoded.draw(rows.tolist(), random).to(device)
         t = torch.multinomial(weights, plan.batch, replacement=True, generator=random)
         noise = torch.randn(plan.batch, *latents.shape[1:], generator=random).to(device)
-        kept = alpha_bars[t].to(device)[:, None, None, None]
-        scene = shown.rows(rows, device)
-        each, usual = lessons.uneven(kept, scene, t, alpha_bars, random)
-        noisy = each.sqrt() * latents[rows.to(device)] + (1 - each).sqrt() * noise
+        batch = labels.batch(rows, device)
+        alpha_bar, loss_mask = auxiliary_losses.mixed_noise_levels(t, batch, alpha_bars, random)
+        noisy = alpha_bar.sqrt() * latents[rows.to(device)] + (1 - alpha_bar).sqrt() * noise
         with _autocast(device), _differentiable(text):
             predicted = unet(noisy, t.to(device), context=text(captions)[0])
-        # Where sprites are is decided at high noise, where the error in the noise is small.
-        error = (predicted.float() - noise) ** 2 * usual * kept**-0.5
-        return error.mean() + _LESSONS_WEIGHT * taught(captions, scene)
+        # High noise decides the places and the number of sprites, and its error is small.
+        weight = loss_mask * alpha_bars[t].to(device)[:, None, None, None] ** -0.5
+        loss = (weight * F.mse_loss(predicted.float(), noise, reduction="none")).mean()
+        return loss + _AUXILIARY_WEIGHT * auxiliary(captions, batch)
 
     @torch.no_grad()
     def grid() -> None:
@@ -445,7 +445,7 @@ def _diffusion(
         file.with_name(f"grid-{seed}.txt").write_text("\n".join(asked) + "\n")
 
     rate = (_LEARNING_RATE if start is None else _LATER_LEARNING_RATE) * (plan.batch / 32) ** 0.5
-    loop = _Loop(f"diffusion, cycle {seed}", [unet, text, taught], steps, rate, seed, file, plan.minutes)
+    loop = _Loop(f"diffusion, cycle {seed}", [unet, text, auxiliary], steps, rate, seed, file, plan.minutes)
     # With AMX the fused attention's backward pass takes three times as long as a plain one, with heads this small.
     with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and _has_bfloat16(device) else nullcontext():
         minutes = loop.run(loss_of, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,3 +41,14 @@ def test_the_weights_are_small_enough_for_git_and_say_where_they_come_from() -> 
     assert sum(file.stat().st_size for file in tiny_sd.FOLDER.rglob("*") if file.is_file()) <= 32 * 2**20
     assert all(run["command"].startswith("python demo train --seed ") for run in record["runs"])
     assert all(sum(run["minutes"].values()) > 0 for run in record["runs"])
+
+
+def test_a_short_training_from_nothing_gives_weights_that_load(tmp_path: Path) -> None:
+    sizes = "--scenes 64 --batch 8 --steps 2 --autoencoder-steps 2 --vision-steps 2".split()
+    folders = ["--to", str(tmp_path / "weights"), "--scratch", str(tmp_path / "scratch")]
+    command = [sys.executable, str(ROOT / "demo"), "train", "--device", "cpu", *sizes, *folders]
+    subprocess.run(command, check=True, timeout=600)
+    model, _, _ = tiny_sd.load(tmp_path / "weights" / "tiny-sd.safetensors")
+    committed, _, _ = tiny_sd.load()
+    # The trained model keeps no part of the auxiliary losses.
+    assert model.model.state_dict().keys() == committed.model.state_dict().keys()

@@ -1,0 +1,191 @@
+"""Auxiliary losses of the demo's UNet training: token grounding, attribute probes, and mixed noise levels.
+
+The noise prediction loss hardly tells "a red star and a blue circle" from "a blue star and a red circle". Token
+grounding therefore supervises cross-attention with the sprites' masks (TokenCompose, arXiv 2312.03626). Probes predict
+the sprites' attributes from the features of two transformers (compare REPA, arXiv 2410.06940). Mixed noise levels make
+self-attention between sprites of one group useful, since these share their look. The trained UNet has no extra
+parameters and no extra inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from torch import Tensor
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd
+
+# Latents are CELLS x CELLS; a scene has at most SPRITES sprites.
+CELLS, SPRITES = world.SIZE // tiny_sd.PIXELS_PER_LATENT, 4
+# The share of pictures with several sprites in a group that get mixed noise levels.
+_MIXED_SHARE = 0.3
+# Probes read the outputs of these transformers: the last at 8x8 cells and the last but one at 16x16.
+_PROBED = ("output_blocks.3.1", "output_blocks.4.1")
+# The values of each attribute that probes predict. Plain sprites have an empty pattern and second colour.
+_ATTRIBUTES: tuple[tuple[str, ...], ...] = (
+    world.SHAPES,
+    tuple(world.COLOURS),
+    ("", *world.ACCESSORIES),
+    world.NUMBERS,
+    tuple(world.SHADES),
+    (*world.PATTERNS, ""),
+    (*world.SECONDS, ""),
+)
+
+
+class SpriteLabels(NamedTuple):
+    """Masks and attributes of the sprites in n pictures.
+
+    ``mask``: the share of each cell that shows the sprite, [n, SPRITES, CELLS, CELLS]; uint8 in 0..255 when stored and
+    float in 0..1 in a batch. ``group``: the number of the sprite's group in the caption, from 1, and 0 where the
+    picture has fewer sprites, [n, SPRITES]. ``attributes``: indices into the values of each attribute, [n, SPRITES, 7].
+    """
+
+    mask: Tensor
+    group: Tensor
+    attributes: Tensor
+
+    def batch(self, rows: Tensor, device: torch.device) -> SpriteLabels:
+        """Select pictures, move them to the device and convert their masks to float."""
+        mask, group, attributes = (part[rows].to(device) for part in self)
+        return SpriteLabels(mask.float() / 255, group, attributes)
+
+
+def label(scenes: Sequence[world.Scene]) -> SpriteLabels:
+    """Compute the labels of scenes."""
+    mask = np.zeros((len(scenes), SPRITES, CELLS, CELLS), np.uint8)
+    group = np.zeros((len(scenes), SPRITES), np.int64)
+    attributes = np.zeros((len(scenes), SPRITES, len(_ATTRIBUTES)), np.int64)
+    for row, scene in enumerate(scenes):
+        counts = world.groups(scene)
+        for index, sprite in enumerate(scene.sprites):
+            key = (sprite.shape, sprite.colour, sprite.accessory)
+            group[row, index] = list(counts).index(key) + 1
+            values = (*key, world.NUMBERS[counts[key] - 1], *sprite.look)
+            attributes[row, index] = [known.index(value) for known, value in zip(_ATTRIBUTES, values, strict=True)]
+        mask[row, : len(scene.sprites)] = np.rint(255 * _visible_masks(scene))
+    return SpriteLabels(*map(torch.from_numpy, (mask, group, attributes)))
+
+
+def _visible_masks(scene: world.Scene) -> world.Picture:
+    """Return the share of each cell that shows each sprite, [sprites, CELLS, CELLS] in 0..1."""
+    # Two by two pixels a cell are precise enough and faster than the drawing's four by four.
+    side = 2 * CELLS
+    masks = np.zeros((len(scene.sprites), side, side), np.float32)
+    for index in sorted(range(len(scene.sprites)), key=lambda index: -scene.sprites[index].depth):
+        sprite = world.as_seen(scene.sprites[index], scene.camera)
+        cover = world.coverage(world.placed(sprite, world.outline(sprite.shape), 1.0) * side / world.SIZE, side)
+        masks *= 1 - cover
+        masks[index] = cover
+    return np.asarray(masks.reshape(-1, CELLS, 2, CELLS, 2).mean((2, 4)), np.float32)
+
+
+def mixed_noise_levels(
+    t: Tensor, labels: SpriteLabels, alpha_bars: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Lower the noise of all sprites but one of a group, in a share of the pictures.
+
+    ``t``: timesteps, [n]; ``labels``: a batch of n; ``alpha_bars``: of all timesteps. Return alpha-bar of each cell and
+    a loss mask, both [n, 1, CELLS, CELLS]. The loss mask is 1 where the timestep is ``t`` and 0 where it is lower.
+    """
+    draws = torch.rand(len(t), 2, generator=random).tolist()
+    alpha_bar = alpha_bars[t].to(labels.mask.device)[:, None, None, None].expand(-1, 1, CELLS, CELLS).clone()
+    loss_mask = torch.ones_like(alpha_bar)
+    for row, (chance, share) in enumerate(draws):
+        groups = labels.group[row].tolist()
+        # The first of a group keeps its noise. The order of sprites is random.
+        cleared = [index for index, group in enumerate(groups) if group and groups.index(group) < index]
+        if chance >= _MIXED_SHARE or not cleared:
+            continue
+        area = F.max_pool2d(labels.mask[row, cleared].amax(0)[None, None], 3, 1, 1)[0, 0] > 0
+        others = [index for index, group in enumerate(groups) if group and index not in cleared]
+        area &= labels.mask[row, others].amax(0) < 0.5
+        alpha_bar[row, 0][area] = alpha_bars[int(share * int(t[row]))]
+        loss_mask[row, 0][area] = 0
+    return alpha_bar, loss_mask
+
+
+class AuxiliaryLosses(torch.nn.Module):
+    """Record queries, keys and features of a UNet's forward pass, and compute losses from them.
+
+    The probes are its only parameters. They train with the UNet and are thrown away afterwards.
+    """
+
+    nouns: Tensor
+
+    def __init__(self, unet: Any, nouns: Sequence[int], conjunction: int, preposition: int) -> None:
+        """Hook the UNet. ``nouns``: tokens of shapes; ``conjunction``, ``preposition``: tokens of "and" and "on"."""
+        super().__init__()
+        self.conjunction, self.preposition = conjunction, preposition
+        self.register_buffer("nouns", torch.tensor(nouns), persistent=False)
+        self._outputs: dict[str, Tensor] = {}
+        modules = dict(unet.named_modules())
+        self._heads = {name: module.heads for name, module in modules.items() if name.endswith("attn2")}
+        for name in (*_PROBED, *(f"{name}.{part}" for name in self._heads for part in ("to_q", "to_k"))):
+            self._record(name, modules[name])
+        self.probes = torch.nn.ModuleList(
+            torch.nn.Conv2d(modules[name].in_channels, sum(map(len, _ATTRIBUTES)), kernel_size=1) for name in _PROBED
+        )
+
+    def _record(self, name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _module, _inputs, output: self._outputs.__setitem__(name, output))
+
+    def forward(self, captions: Tensor, labels: SpriteLabels) -> Tensor:
+        """Return the sum of both losses for the last forward pass of the UNet; captions are tokens [n, tokens]."""
+        return self._grounding_loss(captions, labels) + self._probe_loss(labels)
+
+    def _grounding_loss(self, captions: Tensor, labels: SpriteLabels) -> Tensor:
+        """Return the cross-entropy of a sprite's group, given the attention of its cells to each group's tokens.
+
+        It counts captions of two groups, and takes the mean over all tokens of a group and over its noun alone.
+        """
+        groups = self.groups_of_tokens(captions)
+        two = (groups == 2).any(1)
+        groups, is_noun = groups[two], torch.isin(captions[two], self.nouns)
+        masks = torch.stack(
+            [(labels.mask[two] * (labels.group[two] == group)[..., None, None]).sum(1) for group in (1, 2)], 1
+        )
+        losses = []
+        for name, heads in self._heads.items():
+            q, k = (self._outputs[f"{name}.{part}"][two].float() for part in ("to_q", "to_k"))
+            attention = _attention(q, k, heads)
+            target = F.adaptive_avg_pool2d(masks, int(attention.shape[1] ** 0.5)).flatten(2)
+            for tokens in (groups, groups * is_noun):
+                mass = torch.stack([(attention * (tokens == group)[:, None]).sum(-1) for group in (1, 2)], 1) + 1e-5
+                share = mass / mass.sum(1, keepdim=True)
+                losses.append(-(target * share.log()).sum() / target.sum().clamp_min(1))
+        return torch.stack(losses).mean()
+
+    def groups_of_tokens(self, captions: Tensor) -> Tensor:
+        """Return the group of sprites that each token describes, from 1, or 0 for none; both are [n, tokens]."""
+        place = (captions == self.preposition).cumsum(1) > 0
+        groups = 1 + (captions == self.conjunction).cumsum(1)
+        describes = ~place & (captions != self.conjunction) & place.any(1, keepdim=True)
+        describes[:, 0] = False
+        return groups * describes
+
+    def _probe_loss(self, labels: SpriteLabels) -> Tensor:
+        """Return the cross-entropy of the probes' attributes in the cells of sprites, mean over attributes."""
+        losses = []
+        for name, probe in zip(_PROBED, self.probes, strict=True):
+            logits = probe(self._outputs[name].float())
+            mask = F.adaptive_avg_pool2d(labels.mask, tuple(logits.shape[2:]))
+            for index, part in enumerate(logits.split([len(values) for values in _ATTRIBUTES], 1)):
+                # One prediction a cell, and one target for each sprite in it.
+                predicted = part.log_softmax(1)[:, None].expand(-1, SPRITES, -1, -1, -1)
+                target = labels.attributes[:, :, index, None, None, None].expand(-1, -1, 1, *mask.shape[2:])
+                losses.append(-(mask * predicted.gather(2, target)[:, :, 0]).sum() / mask.sum().clamp_min(1))
+        return torch.stack(losses).mean()
+
+
+def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Return attention probabilities, mean over heads, [n, cells, tokens].
+
+    ``q``: [n, cells, channels]; ``k``: [n, tokens, channels].
+    """
+    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k))
+    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1).mean(1)

@@ -1,0 +1,173 @@
+"""Test the auxiliary losses of the demo's UNet training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Scripts import what lies beside them by its plain name.
+sys.path.append(str(ROOT / "demo"))
+
+import auxiliary_losses  # noqa: E402
+import world  # noqa: E402
+from auxiliary_losses import CELLS  # noqa: E402
+from tune_a_video.tav_core.tiny_sd import model as tiny_sd  # noqa: E402
+
+CPU = torch.device("cpu")
+PIXELS = tiny_sd.PIXELS_PER_LATENT
+
+
+def _sprite(shape: str, colour: str, x: float, y: float, **more: object) -> world.Sprite:
+    look = world.Look("light") if shape in world.PLAIN else world.Look("dark", "bar", "cyan")
+    return world.Sprite(shape, colour, look, x, y, 9.0, **more)  # type: ignore[arg-type]
+
+
+def _scene(*sprites: world.Sprite) -> world.Scene:
+    return world.Scene(sprites, "grass", "painting")
+
+
+TWO_GROUPS = _scene(
+    _sprite("star", "red", 14, 14), _sprite("star", "red", 48, 14), _sprite("circle", "blue", 30, 48, accessory="hat")
+)
+CAPTION = "two red stars and a blue circle with a hat on the grass, painting style"
+
+
+class _Attention(torch.nn.Module):
+    """Stand in for cross-attention: the projections return their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.to_q, self.to_k = torch.nn.Identity(), torch.nn.Identity()
+
+
+class _Transformer(torch.nn.Identity):
+    """Stand in for a transformer of 6 channels."""
+
+    in_channels = 6
+
+
+class _UNet(torch.nn.Module):
+    """Hold the modules that the losses hook, by the names that they have in a UNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.ModuleDict({"attn2": _Attention()})
+        self.output_blocks = torch.nn.ModuleList(
+            torch.nn.ModuleList([torch.nn.Identity(), _Transformer()]) for _ in range(5)
+        )
+
+    def evaluate(self, queries: torch.Tensor, keys: torch.Tensor, features: torch.Tensor) -> None:
+        """Pass tensors through the hooked modules."""
+        self.block["attn2"].to_q(queries)
+        self.block["attn2"].to_k(keys)
+        for block in (3, 4):
+            self.output_blocks[block][1](features)
+
+
+def _ids(caption: str) -> torch.Tensor:
+    (section,) = tiny_sd.Tokenizer(tiny_sd.FOLDER / "tokenizer").tokenize_with_weights(caption)["l"]
+    return torch.tensor([token for token, _ in section])
+
+
+def _losses(unet: _UNet) -> auxiliary_losses.AuxiliaryLosses:
+    nouns = [int(_ids(word)[1]) for word in (*world.SHAPES, *world.PLURALS.values())]
+    return auxiliary_losses.AuxiliaryLosses(unet, nouns, int(_ids("and")[1]), int(_ids("on")[1]))
+
+
+@pytest.mark.parametrize(
+    ("caption", "groups"),
+    [
+        (CAPTION, "111.222222"),
+        ("a blue circle with boots on the night sky", "11111"),
+        ("the grass, pencil style", ""),
+        ("", ""),
+    ],
+)
+def test_tokens_belong_to_their_group(caption: str, groups: str) -> None:
+    found = _losses(_UNet()).groups_of_tokens(_ids(caption)[None])[0].tolist()
+    expected = [0, *(0 if group == "." else int(group) for group in groups)]
+    assert found == expected + [0] * (tiny_sd.TOKENS - len(expected))
+
+
+def test_masks_show_the_sprite_in_front() -> None:
+    scene = _scene(
+        _sprite("square", "red", 30, 30, depth=1.0), _sprite("circle", "blue", 38, 30), _sprite("star", "pink", 10, 52)
+    )
+    masks = auxiliary_losses.label([scene]).mask[0].float() / 255
+    picture = torch.from_numpy(world.draw(scene).astype(np.float32))
+    for mask, sprite in zip(masks[:2], scene.sprites[:2], strict=True):
+        has_colour = (picture - torch.tensor(world.COLOURS[sprite.colour])).abs().sum(-1) < 60
+        share = has_colour.float().unfold(0, PIXELS, PIXELS).unfold(1, PIXELS, PIXELS).mean((2, 3))
+        inside = share[mask > 0.99]
+        assert len(inside) >= 3 and inside.min() > 0.6
+        assert share[mask == 0].max() < 0.35
+    assert masks[3].max() == 0
+
+
+def test_attributes_are_the_scenes() -> None:
+    labels = auxiliary_losses.label([TWO_GROUPS, _scene()])
+    assert labels.group.tolist() == [[1, 1, 2, 0], [0, 0, 0, 0]]
+    star, circle = labels.attributes[0, 0].tolist(), labels.attributes[0, 2].tolist()
+    assert [world.SHAPES[star[0]], list(world.COLOURS)[star[1]], world.NUMBERS[star[3]]] == ["star", "red", "two"]
+    assert [world.PATTERNS[star[5]], list(world.SECONDS)[star[6]]] == ["bar", "cyan"]
+    # The last value of a pattern and of a second colour means that a sprite is plain.
+    assert circle[5] == len(world.PATTERNS) and circle[6] == len(world.SECONDS) and circle[2] == 1
+
+
+def test_grounding_loss_is_larger_where_sprites_attend_to_the_other_group() -> None:
+    unet = _UNet()
+    losses = _losses(unet)
+    labels = auxiliary_losses.label([TWO_GROUPS]).batch(torch.tensor([0]), CPU)
+    captions = _ids(CAPTION)[None]
+    of_cells = torch.stack([(labels.mask[0] * (labels.group[0] == group)[:, None, None]).sum(0) for group in (1, 2)])
+    of_tokens = torch.stack([losses.groups_of_tokens(captions)[0] == group for group in (1, 2)]).float()
+
+    def loss(of_queries: torch.Tensor) -> float:
+        # Both heads have a channel for each group.
+        queries, keys = (part.flatten(1).T.repeat(1, 2)[None] for part in (20 * of_queries, of_tokens))
+        unet.evaluate(queries, keys, torch.zeros(1, 6, 8, 8))
+        return float(losses(captions, labels).detach())
+
+    assert loss(of_cells) < loss(of_cells.flip(0)) - 1
+
+
+def test_probes_learn_from_captions_of_one_group() -> None:
+    torch.manual_seed(0)
+    unet = _UNet()
+    losses = _losses(unet)
+    scene = _scene(_sprite("star", "red", 20, 20), _sprite("star", "red", 44, 44))
+    labels = auxiliary_losses.label([scene]).batch(torch.tensor([0]), CPU)
+    captions = _ids("two red stars on the grass, painting style")[None]
+    features = torch.randn(1, 6, CELLS, CELLS)
+    optimizer = torch.optim.Adam(losses.parameters(), lr=0.1)
+    found = []
+    for _ in range(60):
+        unet.evaluate(torch.zeros(1, CELLS**2, 4), torch.zeros(1, tiny_sd.TOKENS, 4), features)
+        loss = losses(captions, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    assert found[-1] < 0.2 * found[0]
+
+
+def test_only_others_of_a_group_have_less_noise() -> None:
+    alpha_bars = torch.linspace(0.99, 0.01, 1000)
+    single = _scene(_sprite("star", "red", 20, 20), _sprite("circle", "blue", 44, 44))
+    labels = auxiliary_losses.label([TWO_GROUPS, single] * 40).batch(torch.arange(80), CPU)
+    t = torch.full((80,), 700)
+    alpha_bar, loss_mask = auxiliary_losses.mixed_noise_levels(t, labels, alpha_bars, torch.Generator().manual_seed(0))
+    assert (alpha_bar[loss_mask == 1] == alpha_bars[700]).all()
+    assert (alpha_bar >= alpha_bars[700]).all()
+    mixed = (loss_mask == 0).flatten(1).any(1)
+    assert not mixed[1::2].any() and 4 <= int(mixed.sum()) <= 24
+    for row in mixed.nonzero().flatten().tolist():
+        # The first star and the circle keep their noise; the second star has less.
+        for sprite, expected in enumerate((1, 0, 1)):
+            assert (loss_mask[row, 0][labels.mask[row, sprite] > 0.5] == expected).all()
