@@ -14,7 +14,7 @@ python bench COMMAND [--help]
   ranks                                 the loss of saving a motion at a rank
   recipes                               the quality of edits over tuning steps, by recipe of tuning
   evaluate                              the figures of the Evaluate Video node for two files
-  gpu                                   all that a GPU decides, in ten minutes
+  gpu                                   all that a GPU decides, in about ten minutes
   dataset                               a study: all edits of a data set, on one machine or many
   votes                                 a page on which people compare the edits of a study
 """

@@ -1,4 +1,4 @@
-"""Measure all that a GPU decides, in ten minutes: python bench gpu --json FILE.
+"""Measure all that a GPU decides, in about ten minutes: python bench gpu --json FILE.
 
 Needs PyTorch and a ComfyUI tree. Each part is a process with a time limit of its own, and every figure is written as it
 comes, so that a part that fails or hangs costs its own figures only. ``--on cpu`` runs the same at a small size.

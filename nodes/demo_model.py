@@ -26,7 +26,7 @@ class LoadDemoModel(io.ComfyNode):
             "download. It knows drawings of 64x64 pixels: circles, squares, triangles, stars, hearts and crosses.",
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="UNet of 6 million parameters, epsilon-prediction."),
+                io.Model.Output(display_name="model", tooltip="UNet of 7 million parameters, epsilon-prediction."),
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode; at most 22 words."),
                 io.Vae.Output(display_name="vae", tooltip="Its latents are a quarter of the picture's size."),
                 io.Image.Output(

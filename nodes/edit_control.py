@@ -66,12 +66,12 @@ class EditControl(io.ComfyNode):
                     tooltip="Where the clip may change: one for all frames, or one each. Without it the place is "
                     "found where the two sentences differ.",
                 ),
-                _lever("self_share", "Share of the steps in which frames look at each other as in the clip."),
+                _lever("self_share", "Share of the steps in which frames attend to each other as in the clip."),
                 _lever("cross_share", "Share of the steps in which words that stay act as in the clip."),
                 _lever("feature_share", "Share of the steps in which one layer's output is the clip's."),
                 _lever("blend_start", "Share of the steps after which the clip returns outside the mask. 1: never."),
                 _lever(
-                    "fresh_noise", "Share of the first noise that is replaced by new noise: frees colours and places."
+                    "fresh_noise", "Share of the initial noise that is replaced by new noise: frees colours and places."
                 ),
                 _lever("proximal", "Share of the guidance, the weaker part, that is dropped."),
                 io.Float.Input(

@@ -35,8 +35,8 @@ class EditPrompt(io.ComfyNode):
                     "negative_prompt",
                     options=list(NEGATIVES),
                     default=NEGATIVES[0],
-                    tooltip="The negative prompt. empty prompt: as the method. the clip's sentence: keeps more of the "
-                    "clip, and leads away from the words that go.",
+                    tooltip="The negative prompt. empty prompt: as in the released code. the clip's sentence: keeps "
+                    "more of the clip, and leads away from the words that go.",
                 ),
                 io.String.Input(
                     "words_that_go",
@@ -63,7 +63,7 @@ class EditPrompt(io.ComfyNode):
         """Refuse two empty sentences before anything runs. A linked sentence is None here."""
         if source is None or edit is None or source.strip() or edit.strip():
             return True
-        return "both sentences are empty. Write what the clip shows, and what it shall show."
+        return "both sentences are empty. Write what the clip shows and what the edit should show."
 
     @classmethod
     @within_limits

@@ -86,9 +86,10 @@ class EvaluateVideo(io.ComfyNode):
             raise Refusal("clip_vision", "it is missing", "The clip alone cannot look at frames; add Load CLIP Vision.")
         for name, frames in (("source", source), ("edited", edited)):
             pictures.check_frames(name, frames)
-        source, edited = source[..., :3], edited[..., :3]  # one of the two may have an alpha channel
+        # One of the two may have an alpha channel, and with --gpu-only one may lie on the GPU.
+        source, edited = source[..., :3].cpu(), edited[..., :3].cpu()
         metrics.check_same(source, edited)
-        mask = None if mask is None else _enlarged(pictures.check_mask(mask), source.shape[1], source.shape[2])
+        mask = None if mask is None else _enlarged(pictures.check_mask(mask).cpu(), source.shape[1], source.shape[2])
         images = None if clip_vision is None else host.image_embeddings(clip_vision, edited)
         text = host.text_embedding(clip, prompt) if clip is not None and prompt.strip() else None
         moves = len(source) > 1

@@ -36,9 +36,9 @@ class InflateUNet(io.ComfyNode):
                     "attention",
                     options=list(SPATIAL_MODES),
                     default="sparse-causal",
-                    tooltip="Which frames a frame looks at. The method uses sparse-causal: the first and the "
-                    "previous one. self, first and previous adds the frame itself; shuffled groups takes four, others "
-                    "in each step. The rest is for comparison.",
+                    tooltip="Which frames a frame attends to. The method uses sparse-causal: the first and the "
+                    "previous one. self, first and previous adds the frame itself; shuffled groups takes four, new "
+                    "groups in each step. The other modes are for comparison.",
                 ),
                 io.Combo.Input(
                     "group_norm",

@@ -47,7 +47,7 @@ class TAVSample(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Classifier-free guidance scale. 1 gives the clip back; 7.5 to 12.5 edit.",
+                    tooltip="Classifier-free guidance scale: 7.5 to 12.5 for edits, 1 for none.",
                 ),
                 io.Float.Input(
                     "eta",
@@ -63,7 +63,7 @@ class TAVSample(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Seed of the fresh noise; without effect at eta 0.",
+                    tooltip="Seed of the fresh noise, from eta and from Edit Control; no effect without either.",
                 ),
                 io.Combo.Input(
                     "last_step",

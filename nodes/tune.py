@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ class _Curve:
             return
         frames = LatentFrames(self._trainer.unet.model, anyway=True)
         try:
-            self._clip = self._clip or frames.all(self._trainer.unet.latents[: len(made)])
-            self._made, self._made_after = frames.all(made), self._trainer.done
+            with torch.no_grad():  # TAESD's parameters require gradients
+                self._clip = self._clip or frames.all(self._trainer.unet.latents[: len(made)])
+                self._made, self._made_after = frames.all(made), self._trainer.done
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -254,7 +256,7 @@ class OneShotTune(io.ComfyNode):
                     default="released",
                     optional=True,
                     tooltip="released: steps, learning_rate and warmup_steps as they are set. fast: a fifth of the "
-                    "steps at three times the rate, after 10 steps of warm-up; 500 become 100.",
+                    "steps at three times the rate, after at least 10 steps of warm-up; 500 become 100.",
                 ),
             ],
             outputs=[
@@ -325,8 +327,8 @@ class OneShotTune(io.ComfyNode):
             training_unet(
                 host.without_inflation(model), samples, conditioning, PRECISIONS[precision], frames_per_step
             ) as unet,
+            closing(Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)) as trainer,
         ):
-            trainer = Trainer(unet, settings, inflation, start, memory_budget * 2**30 or None, patience)
             curve = _Curve(trainer, preview)
             with Checkpoint(state_folder(curve.warn), trainer, curve.warn) as run:
                 curve.begin(host.small_clip(model, samples))

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 # As PyTorch, CUDA and HIP, Metal ("Invalid buffer size: 12.00 GiB"), DirectML ("There is not enough GPU video memory
-# available!") and Intel's Level Zero ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY") write it.
+# available!") and Intel's Level Zero ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY") write it. cuDNN without memory for the
+# workspace of any algorithm is "unable to find an engine", and cuBLAS fails in cublasCreate.
 _SIGNS = (
     "out of memory",
     "outofmemory",
@@ -17,6 +18,9 @@ _SIGNS = (
     "allocate tensor",
     "unable to allocate",
     "alloc_failed",
+    "allocation_failed",
+    "unable to find an engine",
+    "cublascreate",
     "bad_alloc",
     "invalid buffer size",
     "not enough gpu video memory",

@@ -213,4 +213,5 @@ def _clip_and_noise(
             "it has a noise mask, but not the clip that was inverted",
             "Set the mask (Set Latent Noise Mask) on the output of DDIM Invert, or before it on the clip.",
         )
+    clip = clip.to(latent)
     return clip, added_noise(latent, clip, sigma, host.model_scale(model))

@@ -123,7 +123,7 @@ def test_a_named_word_that_the_sentence_lacks_is_told(demo: Any, named: str) -> 
 
 def test_sentences_that_were_forgotten_are_refused_before_anything_runs() -> None:
     check = pack_nodes.EditPrompt.validate_inputs
-    assert check(" ", "\n") == "both sentences are empty. Write what the clip shows, and what it shall show."
+    assert check(" ", "\n") == "both sentences are empty. Write what the clip shows and what the edit should show."
     assert [check(*each) for each in ((SOURCE, ""), ("", EDIT), (None, ""), ("", None))] == [True] * 4
 
 

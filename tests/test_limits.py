@@ -119,14 +119,14 @@ def test_a_socket_without_its_kind_of_value_is_named() -> None:
             if kind not in (*SOCKETS, "TAV_CONTROL"):
                 continue
             seen.add(kind)
-            with pytest.raises(Refusal, match=f"^{socket.id}: what is connected is a dict. Connect a"):
+            with pytest.raises(Refusal, match=f"^{socket.id}: a dict is connected. Connect a"):
                 check_limits(node, **{socket.id: {}})
             if kind in SOCKETS:
                 check_limits(node, **{socket.id: SOCKETS[kind]})
             if socket.optional:
                 check_limits(node, **{socket.id: None})
             else:
-                with pytest.raises(Refusal, match=f"^{socket.id}: there is none. Connect a"):
+                with pytest.raises(Refusal, match=f"^{socket.id}: nothing arrives at this input. Connect a"):
                     check_limits(node, **{socket.id: None})
     assert seen == {*SOCKETS, "TAV_CONTROL"}
 

@@ -455,5 +455,11 @@ def test_what_pytorch_really_says_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**56, dtype=torch.uint8)
     assert is_out_of_memory(caught.value) and type(caught.value) is not torch.OutOfMemoryError
-    assert out_of_memory.mentions_oom("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for text in (
+        "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ):
+        assert out_of_memory.mentions_oom(text)
     assert out_of_memory.mentions_oom("MPS backend out of memory (MPS allocated: 9.05 GB)")

@@ -10,11 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.host import lend
 from tune_a_video.tav_core.tuning import adamw
 from tune_a_video.tav_core.tuning import memory_plan as memory
 from tune_a_video.tav_core.tuning import trainer as trainer_module
@@ -160,9 +162,94 @@ def test_a_state_that_is_loaded_stays_in_ram() -> None:
     # The third step was left out, so that its count shows, too.
     saved = copy.deepcopy(optimizer.state_dict())
     again = AdamW([torch.nn.Parameter(p.detach().clone()) for p in optimizer._parameters()], 0.1, 0.1, offloaded=True)
-    again.load_state_dict(saved)
+    homes = [again.state[p][name] for p in again._parameters() for name in adamw.MOMENTS]
+    again.load_moments(saved["state"])
     assert again.offloaded and again.resident_bytes == 0
+    # Copied to where moments are kept: nothing is allocated, on the device or in RAM.
+    kept = [again.state[p][name] for p in again._parameters() for name in adamw.MOMENTS]
+    assert all(before is after for before, after in zip(homes, kept, strict=True))
     assert_equal(descend(again, range(3, 6)), descend(optimizer, range(3, 6)))
+
+
+def test_moments_go_to_ordinary_memory_where_no_more_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, empty, asked = torch.randn(3, 4), torch.empty, []
+
+    def refusing(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert torch.equal(adamw._in_ram(value, pinned=True), value) and asked == [True, False]
+
+
+def test_the_pinned_memory_of_moments_is_given_back(as_on_a_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with tuning() as trainer:
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: given_back.append(len(trainer.optimizer.state)))
+        trainer.optimizer.offload()
+        trainer.close()
+    assert given_back == [0], "the moments are still there"
+
+
+# --- the model's device -----------------------------------------------------------------------------------
+
+
+def test_weights_are_lent_while_the_models_device_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def current_device(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    lent, load = host.lent, host.load_for_training
+    monkeypatch.setattr(host, "current_device", current_device)
+    inside: list[bool] = []
+    monkeypatch.setattr(host, "lent", lambda *args: inside.append(bool(entered)) or lent(*args))
+    monkeypatch.setattr(host, "load_for_training", lambda *args: inside.append(bool(entered)) or load(*args))
+    with tuning(steps=1) as trainer:
+        assert entered == [trainer.unet.device]
+        run(trainer)
+    assert len(inside) > 10 and all(inside) and not entered
+
+
+def test_a_cuda_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+
+    @contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("cpu", "cuda:1"):
+        with host.current_device(torch.device(name)):
+            pass
+    assert entered == [torch.device("cuda:1")]
+
+
+def test_a_buffer_that_the_host_keeps_is_written_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts with a stream of copies cast into one buffer, in whatever mode it was made."""
+    buffers: list[Tensor] = []
+
+    def cast_bias_weight(layer: Any, x: Tensor, offloadable: bool) -> Any:
+        if not buffers:
+            buffers.append(torch.empty_like(layer.weight))
+        return buffers[0].copy_(layer.weight), None, None
+
+    monkeypatch.setattr(lend, "_TAKES_BACK", True)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast_bias_weight)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *args: None, raising=False)
+    layer = comfy.ops.disable_weight_init.Linear(4, 4, bias=False)
+    torch.nn.init.normal_(layer.weight)
+    layer.comfy_cast_weights = True
+    for inference in (True, False):
+        with torch.inference_mode(inference), host.lent(layer, torch.zeros(1, 4)) as (weight, _):
+            assert torch.equal(weight, layer.weight)
 
 
 # --- plans ------------------------------------------------------------------------------------------------

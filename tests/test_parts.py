@@ -141,7 +141,7 @@ def test_no_frame_is_attended_to_twice(frames: int, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         assert torch.equal(run(), expected) and keys == whole, "too few tokens"
     monkeypatch.setattr(attention, "_TOKENS_APART", n)
-    assert torch.equal(run(), expected) and keys == whole, "a tuning has to repeat bit by bit"
+    assert torch.equal(run(), expected) and keys == whole, "a tuning has to repeat bit for bit"
     with torch.no_grad():
         torch.testing.assert_close(run(), expected)
         apart = [(chunks * tiles * 2, 1), (chunks * tiles * (frames - 2), 2)]

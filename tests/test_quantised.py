@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.ops
@@ -14,6 +15,7 @@ from quantised import CONFIG, KINDS, dequantised, random_weights
 from torch import Tensor
 from tune_a_video.tav_core import host, pipeline
 from tune_a_video.tav_core.errors import Refusal
+from tune_a_video.tav_core.host import inflated_model
 from tune_a_video.tav_core.inflate import Inflation
 from tune_a_video.tav_core.tuning.checkpoint import fingerprint
 from tune_a_video.tav_core.tuning.trainer import TuneSettings
@@ -169,3 +171,38 @@ def test_weights_that_cannot_be_read_are_refused_before_any_work(raw: bool) -> N
         trainer_of(model, LATENTS, COND, SETTINGS),
     ):
         raise AssertionError("a trainer was made")
+
+
+def test_a_weight_that_the_model_holds_in_8_bits_is_coarse() -> None:
+    """With dynamic VRAM an fp16 file stays as it is, and weight_dtype says what lies on the device."""
+    model = build_model(CONFIG)
+    layer = host.unet_of(model).get_submodule(TO_Q)
+    assert not host.is_coarse(layer)
+    names = {name for name, _ in host.stored_tensors(model)}
+    for holder, name in ((layer, "weight_comfy_model_dtype"), (layer.weight, "_model_dtype")):
+        setattr(holder, name, torch.float8_e4m3fn)
+        assert host.is_coarse(layer)
+        # The same file in another dtype is another model: a run on it does not resume on this one.
+        assert {name for name, _ in host.stored_tensors(model)} - names == {f"dtype of diffusion_model.{TO_Q}.weight"}
+        delattr(holder, name)
+        assert not host.is_coarse(layer)
+
+
+@torch.inference_mode()
+def test_weights_are_lent_one_at_a_time(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that copy in two streams may reuse the memory of a loan before the last."""
+    model = build()
+    motion, _ = pipeline.tune(model, LATENTS, COND, SETTINGS)
+    lent, out = inflated_model.lent, [0, 0]
+
+    @contextmanager
+    def counted(*args: Any) -> Iterator[Any]:
+        out[0] += 1
+        out[1] = max(out)
+        with lent(*args) as loan:
+            yield loan
+        out[0] -= 1
+
+    monkeypatch.setattr(inflated_model, "lent", counted)
+    sampled(host.inflate_model(model, Inflation(), motion))
+    assert out == [0, 1]

@@ -148,7 +148,7 @@ def test_a_missing_pooled_embedding_is_named_before_any_step(pooled: Any) -> Non
 
 
 def test_what_a_checkpoint_does_not_have_is_named() -> None:
-    with pytest.raises(Refusal, match="^model: there is none"):
+    with pytest.raises(Refusal, match="^model: its file has no UNet"):
         pack_nodes.InflateUNet.execute(None, "sparse-causal", "over frames", 1.0, 1.0)
     with pytest.raises(Refusal, match="^clip: the checkpoint has none. Connect Load CLIP"):
         pack_nodes.EditPrompt.execute(None, "a cat", "a dog", "empty prompt")
@@ -175,9 +175,9 @@ def ranges(*pairs: tuple[float, float]) -> list[Any]:
 @pytest.mark.parametrize(
     ("pairs", "gap"),
     [
-        ([(0.0, 0.5)], "0.5 to 1"),
-        ([(0.3, 1.0)], "0 to 0.3"),
-        ([(0.0, 0.4), (0.6, 1.0), (0.1, 0.2)], "0.4 to 0.6"),
+        ([(0.0, 0.5)], "0.5 and 1"),
+        ([(0.3, 1.0)], "0 and 0.3"),
+        ([(0.0, 0.4), (0.6, 1.0), (0.1, 0.2)], "0.4 and 0.6"),
         ([(0.4, 1.0), (0.0, 0.4)], None),
         ([(0.0, 0.5), (0.501, 1.0)], None),
         ([(0.2, 0.3), (0.0, 1.0)], None),
@@ -189,7 +189,7 @@ def test_timesteps_without_a_prompt_are_named(pairs: list[tuple[float, float]], 
     if gap is None:
         host.check_conditioning(model, "positive", ranges(*pairs), len(CLIP))
     else:
-        with pytest.raises(Refusal, match=f"^positive: no prompt acts from {gap} of the way"):
+        with pytest.raises(Refusal, match=f"^positive: no prompt acts between {gap} of the steps"):
             pack_nodes.TAVSample.execute(model, ranges(*pairs), PROMPT, invert(model), 5, 3.0, 0.0, 0)
 
 

@@ -46,7 +46,7 @@ SUBGRAPHS = {
         "tune-a-video-edit-control",
         range(3, 15),
         "Tunes a Stable Diffusion checkpoint on one clip and edits the clip with a sentence. Connect model, clip and "
-        "vae of Load Checkpoint, choose a video, say what it shows and what it shall show. The video is saved and "
+        "vae of Load Checkpoint, choose a video, say what it shows and what it should show. The video is saved and "
         "played; outputs: its frames, the saved video, clip and edit side by side, and where the clip changed.",
         ("tav", "tune a video", "edit video", "video to video", "video edit by prompt"),
         {
@@ -82,7 +82,7 @@ SUBGRAPHS = {
         "tune-a-video-saved-motion",
         range(3, 13),
         "Edits a clip with a motion that was learnt from it, without tuning. Connect model, clip and vae of a "
-        "checkpoint of the motion's family, choose the motion and its clip, and say what the video shall show. The "
+        "checkpoint of the motion's family, choose the motion and its clip, and say what the video should show. The "
         "video is saved and played; outputs: its frames and the saved video.",
         ("tav", "tune a video", "saved motion", "video to video"),
         {**_CLIP, "motion": ("5.file",), "new_sentence": ("9.text",), "guidance": ("10.guidance",)},

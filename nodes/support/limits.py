@@ -65,7 +65,7 @@ def check_limits(node: type[io.ComfyNode], /, **values: Any) -> None:
 def _check_kind(widget: Any, value: Any) -> None:
     for socket, kind, wanted in _KINDS:
         if isinstance(widget, socket) and not isinstance(value, kind):
-            found = "there is none" if value is None else f"what is connected is a {type(value).__name__}"
+            found = "nothing arrives at this input" if value is None else f"a {type(value).__name__} is connected"
             raise Refusal(widget.id, found, f"Connect {wanted}.")
 
 

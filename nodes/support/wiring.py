@@ -69,6 +69,6 @@ def _check_spread(model: Any, samples: torch.Tensor, steps: int) -> None:
     if noise > _CLEARLY_NOISE and spread < noise / 4:
         raise Refusal(
             "latent",
-            f"it was not inverted: its values spread by {spread:.1f}, those of an inverted clip by about {noise:.1f}",
+            f"it was not inverted: its standard deviation is {spread:.1f}, that of an inverted clip about {noise:.1f}",
             "Connect the output of DDIM Invert; if that node is bypassed, it passes the clip on as it is.",
         )

@@ -129,14 +129,14 @@ class ControlledRun:
         return (self.trajectory.clip * self._scale).to(like)
 
     def pasted(self, edited: Tensor) -> Tensor:
-        """Return the edit with the clip, bit by bit, outside the mask; both in LATENT scale."""
+        """Return the edit with the clip, bit for bit, outside the mask; both in LATENT scale."""
         mask = self.mask if self.control.blend_start is not None else None
         if mask is None:
             return edited
         return torch.lerp(self.trajectory.clip.to(edited), edited, mask.to(edited))
 
     def exact_outside(self, edited: Tensor) -> Tensor:
-        """Return the edit with the clip, bit by bit, where the mask is 0; both in LATENT scale."""
+        """Return the edit with the clip, bit for bit, where the mask is 0; both in LATENT scale."""
         mask = self.mask if self.control.blend_start is not None else None
         if mask is None:
             return edited

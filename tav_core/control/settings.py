@@ -27,7 +27,7 @@ class Control:
     ``mask``: [1 or frames, h, w], 0 to 1, 1 where the clip may change; None to find it where the two sentences predict
     different noise. ``threshold``: share of a frame's largest difference from which on the found mask is 1.
 
-    ``fresh_noise``: share of the variance of the first noise that is replaced, the same for all frames
+    ``fresh_noise``: share of the variance of the initial noise that is replaced, the same for all frames
     (MotionDirector, arXiv 2310.08465); inside ``mask`` where it is given, else everywhere. ``proximal``: quantile of
     the guidance below which it is dropped (ProxEdit, arXiv 2306.05414).
     """

@@ -45,7 +45,8 @@ class Trajectory:
         return torch.lerp(self._level(above - 1), upper, (sigma - bottom) / (top - bottom))
 
     def _level(self, number: int) -> Tensor:
-        stored = self.clip if number == 0 else self.latents[number - 1]
+        # With --gpu-only the clip is on the GPU, and the latents in CPU memory.
+        stored = self.clip.to(self.latents.device) if number == 0 else self.latents[number - 1]
         return to_ve(stored.float(), float(self.sigmas[number]))
 
 

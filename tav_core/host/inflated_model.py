@@ -171,9 +171,12 @@ def _with_delta(query: Any, delta: Any, strength: float) -> Forward:
     def forward(x: Tensor) -> Tensor:
         # As in training: the sum is made in float32, and the input is not quantised on hardware that would do so.
         exact = x.new_empty(0, dtype=torch.float32)
-        with lent(query, exact) as (weight, bias), lent(delta, exact) as (change, _):
-            tuned = torch.add(weight, change, alpha=strength).to(x.dtype)
-            return torch.nn.functional.linear(x, tuned, None if bias is None else bias.to(x.dtype))
+        # One loan at a time: hosts that copy in a stream of their own may reuse the memory of the one before.
+        with lent(query, exact) as (weight, bias):
+            tuned, bias = weight.clone(), None if bias is None else bias.to(x.dtype, copy=True)
+        with lent(delta, exact) as (change, _):
+            tuned.add_(change, alpha=strength)
+        return torch.nn.functional.linear(x, tuned.to(x.dtype), bias)
 
     return forward
 

@@ -16,6 +16,7 @@ from .model import Conditioning, ModelPatcher, context_width, family
 # Side of the square that a family was trained at, in latent pixels.
 _NATIVE_SIDE = {"SD1": 64, "SD2": 64, "SDXL": 128}
 PIXELS_PER_LATENT = 8
+_FP32_TEXT = "Encode the prompt again; if the text encoder ran in fp16, start ComfyUI with --fp32-text-enc."
 _ONE_STEP = 0.02  # of the way: one step of fifty
 
 
@@ -47,7 +48,7 @@ def check_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
         raise Refusal(
             "latent",
             "it holds values that are not finite (NaN or infinity)",
-            "Encode the clip again, with the VAE in fp32 if it was fp16.",
+            "Encode the clip again; if the VAE ran in fp16, start ComfyUI with --fp32-vae.",
         )
     mask = latent.get("noise_mask")
     if mask is not None and (mask.ndim < 2 or 0 in mask.shape[-2:]):
@@ -85,14 +86,15 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
     for embedding, options in conditioning:
         pooled = options.get("pooled_output")
         if pooled is not None and not torch.isfinite(pooled).all():
-            raise Refusal(name, "its pooled text embedding holds NaN", "Connect a CLIP Text Encode node.")
-        if embedding.ndim != 3 or 0 in embedding.shape or not torch.isfinite(embedding).all():
-            shape = list(embedding.shape)
+            raise Refusal(name, "its pooled text embedding holds NaN or infinity", _FP32_TEXT)
+        if embedding.ndim != 3 or 0 in embedding.shape:
             raise Refusal(
                 name,
-                f"a text embedding of shape {shape} is not [prompts, tokens, width], or holds NaN",
+                f"a text embedding of shape {list(embedding.shape)} is not [prompts, tokens, width]",
                 "Connect a CLIP Text Encode node.",
             )
+        if not torch.isfinite(embedding).all():
+            raise Refusal(name, "its text embedding holds NaN or infinity", _FP32_TEXT)
         if embedding.shape[-1] != width:
             raise Refusal(
                 name,
@@ -108,7 +110,7 @@ def check_conditioning(model: ModelPatcher, name: str, conditioning: Conditionin
     if (gap := _range_without_prompt(conditioning)) is not None:
         raise Refusal(
             name,
-            f"no prompt acts from {gap[0]:g} to {gap[1]:g} of the way, where the model would make nothing",
+            f"no prompt acts between {gap[0]:g} and {gap[1]:g} of the steps",
             "Let the ranges of Conditioning (Set Timestep Range) meet, or combine it with a prompt for the rest.",
         )
     for _, options in conditioning:
@@ -210,7 +212,7 @@ def check_prediction(model: ModelPatcher, samples: Tensor) -> Tensor:
             )
         raise RuntimeError(
             reason + "Half precision has overflowed, or the motion's strengths are too high: start ComfyUI with "
-            "--fp32-unet or --bf16-unet, or lower them."
+            "--fp32-unet or --bf16-unet, or lower query_strength and temporal_strength of Inflate UNet."
         )
     return samples
 

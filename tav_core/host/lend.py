@@ -40,7 +40,9 @@ def lent(layer: torch.nn.Module, x: Tensor) -> Iterator[WeightAndBias]:
             dequantised = own.cast_bias_weight(x)
         yield dequantised
     elif _TAKES_BACK:
-        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+        # Hosts keep the buffers that they cast into. A buffer made in inference mode cannot be written outside it.
+        with torch.inference_mode():
+            weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
         try:
             yield _dequantised(layer, weight), bias
         finally:
@@ -66,9 +68,8 @@ def resident_dtype(layer: torch.nn.Module, device: torch.device) -> torch.dtype 
     on_page = hasattr(layer, "_v")  # dynamic VRAM: the weight itself stays in RAM, its page has the model's dtype
     if not isinstance(weight, Tensor) or not (on_page or weight.device == device):
         return None
-    if is_coarse(layer) and weight.dtype.itemsize > 1:
-        return torch.uint8
-    return getattr(weight, "_model_dtype", weight.dtype) if on_page else weight.dtype
+    dtype: torch.dtype = getattr(weight, "_model_dtype", weight.dtype) if on_page else weight.dtype
+    return torch.uint8 if is_coarse(layer) and dtype.itemsize > 1 else dtype
 
 
 def check_lending(unet: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:

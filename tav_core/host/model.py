@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import comfy.model_sampling
@@ -52,10 +54,20 @@ class ModelPatcher(Protocol):
         """Move weights off the device; return the bytes that were freed."""
 
 
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device the current one, as hosts' samplers do.
+
+    A host that copies an offloaded weight lets the current device's stream wait for the copy.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
 def unet_of(model: ModelPatcher) -> torch.nn.Module:
     """Return the UNet of a MODEL. Raises ValueError for models without one (DiT, video models, audio models)."""
     if model is None:  # a loader found none in its file
-        raise Refusal("model", "there is none", "Load a checkpoint that has a UNet: SD 1.x, 2.x or SDXL.")
+        raise Refusal("model", "its file has no UNet", "Load a checkpoint that has a UNet: SD 1.x, 2.x or SDXL.")
     unet = getattr(model.model, "diffusion_model", None) or torch.nn.Module()
     if not unet_parts.transformer_blocks(unet) or not unet_parts.pooled_norms(unet):
         raise Refusal(

@@ -26,6 +26,8 @@ def stored_tensors(model: ModelPatcher) -> Iterator[tuple[str, Tensor]]:
             key = f"{UNET_PREFIX}{path}.{name}"
             backup = model.backup.get(key)
             yield from _tensors(key, value if backup is None else getattr(backup, "weight", backup))
+            if (dtype := _model_dtype(module, name, value)) != value.dtype:
+                yield from _tensors(f"dtype of {key}", str(dtype))
     for key, patches in sorted(model.patches.items()):
         if key.startswith(UNET_PREFIX):
             yield from _tensors(f"patches of {key}", patches)
@@ -45,9 +47,21 @@ def weight_shape(layer: Any) -> tuple[int, ...] | None:
 
 
 def is_coarse(layer: Any) -> bool:
-    """Say whether a layer's weight is stored in 8 bits or fewer: a small change of it would be rounded away."""
+    """Say whether a layer's weight is stored in 8 bits or fewer: a small change of it would be rounded away.
+
+    With dynamic VRAM the file's weight stays in RAM. Its copy on the device, with all patches, has the model's dtype.
+    """
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and (is_traceable_wrapper_subclass(weight) or weight.dtype.itemsize < 2)
+    if not isinstance(weight, Tensor):
+        return False
+    dtypes = weight.dtype, _model_dtype(layer, "weight", weight)
+    return is_traceable_wrapper_subclass(weight) or min(dtype.itemsize for dtype in dtypes) < 2
+
+
+def _model_dtype(layer: Any, name: str, value: Tensor) -> torch.dtype:
+    """Return the dtype in which the host uses a parameter or buffer of the model."""
+    dtype = getattr(value, "_model_dtype", None) or getattr(layer, f"{name}_comfy_model_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else value.dtype
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

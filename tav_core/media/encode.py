@@ -129,7 +129,7 @@ def _check_encodable(images: Tensor, fps: float, kind: str, quality: int) -> Non
             raise Refusal(
                 "images",
                 f"frame {index} holds NaN or infinite values",
-                "Look at the nodes before this one (a VAE in fp16 is the usual cause: start the host with --fp32-vae).",
+                "Check the nodes before this one. The usual cause is a VAE in fp16: start ComfyUI with --fp32-vae.",
             )
 
 
@@ -246,7 +246,10 @@ def _encoder_error(name: str, code: int, log: BinaryIO) -> Exception:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     if os.name == "posix" and code == -signal.SIGKILL:
         return MemoryError(f"the system ended ffmpeg while it wrote {name}, as it does when memory runs out")
-    return RuntimeError(f"ffmpeg could not write {name}: {said or f'exit status {code}'}")
+    return RuntimeError(
+        f"ffmpeg could not write {name}: {said or f'exit status {code}'}. Choose another format, or reinstall "
+        "imageio-ffmpeg."
+    )
 
 
 def _add_gif_comment(path: Path, text: str) -> None:

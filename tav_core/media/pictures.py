@@ -209,7 +209,7 @@ def check_frames(name: str, frames: Tensor) -> None:
         raise Refusal(
             name,
             "it holds NaN or infinite values",
-            "Look at the nodes before this one (a VAE in fp16 is the usual cause: start the host with --fp32-vae).",
+            "Check the nodes before this one. The usual cause is a VAE in fp16: start ComfyUI with --fp32-vae.",
         )
 
 

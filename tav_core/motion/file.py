@@ -189,10 +189,13 @@ def check_fits(motion: Motion, query_shapes: Mapping[str, torch.Size], family: s
     for key, value in sorted(motion.tensors.items()):
         expected = _expected_shape(key, query_shapes)
         if expected is None:
-            raise ValueError(f"motion: {key} has no place in this model. Is it from another architecture?")
+            raise ValueError(
+                f"motion: {key} has no place in this model. Load the checkpoint that it was tuned on, or tune this one."
+            )
         if value.shape != expected:
             raise ValueError(
-                f"motion: it does not fit the model: {key} is {list(value.shape)}, the model needs {list(expected)}."
+                f"motion: it does not fit the model: {key} is {list(value.shape)}, the model needs {list(expected)}. "
+                "Load the checkpoint that it was tuned on, or tune this one."
             )
     for block in sorted({key.partition(mark)[0] for key in motion.tensors for mark in TEMPORAL_MARKS if mark in key}):
         missing = next((leaf for leaf in TEMPORAL_LEAVES if f"{block}.{leaf}" not in motion.tensors), None)

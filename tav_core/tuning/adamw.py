@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class AdamW(torch.optim.AdamW):
         return 0 if self.offloaded else sum(self.state[p][name].nbytes for p in self._parameters() for name in MOMENTS)
 
     def offload(self) -> None:
-        """Move the moments to RAM, for good; a state that is loaded later goes there, too."""
+        """Move the moments to RAM, for good."""
         self.offloaded = True
         for parameter in self._parameters():
             for name in MOMENTS:
@@ -57,14 +57,22 @@ class AdamW(torch.optim.AdamW):
 
     def settle(self) -> None:
         """Wait until what is in RAM can be read."""
-        if self.offloaded and torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As PyTorch's."""
-        super().load_state_dict(state_dict)
         if self.offloaded:
-            self.offload()
+            for device in {parameter.device for parameter in self._parameters() if parameter.device.type == "cuda"}:
+                torch.cuda.synchronize(device)
+
+    def release(self) -> None:
+        """Drop the moments and give pinned memory back to the system, which PyTorch keeps otherwise."""
+        self.state.clear()
+        empty_cache = getattr(torch._C, "_host_emptyCache", None)
+        if self.offloaded and empty_cache is not None and torch.cuda.is_available():
+            empty_cache()
+
+    def load_moments(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Copy the steps and moments of all parameters, by their number, to where they are kept now."""
+        for number, parameter in enumerate(self._parameters()):
+            for name, value in state[number].items():
+                self.state[parameter][name].copy_(value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -97,20 +105,22 @@ class AdamW(torch.optim.AdamW):
         homes = [(self.state[p], name, self.state[p][name], p.device) for p in part for name in MOMENTS]
         try:
             for state, name, home, device in homes:
-                state[name] = home.to(device, non_blocking=True, copy=True)
+                state[name] = home.to(device, non_blocking=home.is_pinned(), copy=True)
             yield
             # Copies of one stream follow each other: the next visit waits for these, the host does not.
             for state, name, home, _ in homes:
-                home.copy_(state[name], non_blocking=True)
+                home.copy_(state[name], non_blocking=home.is_pinned())
         finally:
             for state, name, home, _ in homes:
                 state[name] = home
 
 
-def _in_ram(value: Tensor) -> Tensor:
-    """A copy in RAM; in memory that a CUDA device reads and writes by itself, where there is one."""
-    pinned = value.device.type == "cuda"
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned).copy_(value)
+def _in_ram(value: Tensor, pinned: bool | None = None) -> Tensor:
+    """Copy to RAM: pinned if it comes from CUDA, and ordinary memory where the system pins no more."""
+    if value.device.type == "cuda" if pinned is None else pinned:
+        with suppress(RuntimeError):
+            return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value)
 
 
 def _visits(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

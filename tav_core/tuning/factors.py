@@ -1,4 +1,4 @@
-"""Changes of weights as products of two thin matrices: what learns in a run of low rank."""
+"""Changes of weights as products of two thin matrices: the trainable parameters of a run of low rank."""
 
 from __future__ import annotations
 

@@ -342,6 +342,10 @@ class Trainer:
         """Return the size of ``state_dict``'s tensors: the weights that learn and AdamW's two moments of each."""
         return 3 * sum(parameter.nbytes for parameter in self._parameters)
 
+    def close(self) -> None:
+        """Drop the optimiser's moments; no step can follow."""
+        self.optimizer.release()
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON values that further steps depend on, also those of a run of more steps."""
         assert self._random_state is not None
@@ -373,7 +377,7 @@ class Trainer:
             number: {name: tensors[f"{name}.{key}"] for name in _ADAMW_STATE if f"{name}.{key}" in tensors}
             for number, key in enumerate(self.trained)
         }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_moments(moments)
         self._schedule.load_state_dict(dict(values["schedule"]))
         for group, rate in zip(self.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -166,8 +166,9 @@ def training_unet(
         dtype = _trainable_dtype(model, precision)
         model = host.without_injections(model)
         length = window_length(len(latents), frames_per_step) or len(latents)
-        host.load_for_training(model, latents[:length].shape)
-        with torch.inference_mode(False), torch.enable_grad():
+        with host.current_device(model.load_device):
+            host.load_for_training(model, latents[:length].shape)
+        with host.current_device(model.load_device), torch.inference_mode(False), torch.enable_grad():
             x0 = host.latents_in(model, latents)
             module = host.unet_of(model)
             host.check_lending(module, model.load_device, dtype)
