@@ -21,8 +21,11 @@ from tune_a_video.tav_core.tiny_sd import model as tiny_sd
 
 # Latents are CELLS x CELLS; a scene has at most SPRITES sprites.
 CELLS, SPRITES = world.SIZE // tiny_sd.PIXELS_PER_LATENT, 4
-# The share of pictures with several sprites in a group that get mixed noise levels.
-_MIXED_SHARE = 0.3
+# The share of pictures with several sprites in a group that get mixed noise levels, the largest of the lower timesteps
+# as a share of the picture's own, and the weight of the noise prediction loss where a look must be copied.
+_MIXED_SHARE, _LOWER_TIMESTEPS, _COPY_WEIGHT = 0.6, 0.5, 3.0
+# The weight of the looks that are copied, beside the other auxiliary losses.
+_COPIED_LOOK_WEIGHT = 4.0
 # Probes read the outputs of these transformers: the last at 8x8 cells and the last but one at 16x16.
 _PROBED = ("output_blocks.3.1", "output_blocks.4.1")
 # The values of each attribute that probes predict. Plain sprites have an empty pattern and second colour.
@@ -35,6 +38,7 @@ _ATTRIBUTES: tuple[tuple[str, ...], ...] = (
     (*world.PATTERNS, ""),
     (*world.SECONDS, ""),
 )
+_LOOKS, _PATTERN = _ATTRIBUTES[-3:], 5
 
 
 class SpriteLabels(NamedTuple):
@@ -71,6 +75,13 @@ def label(scenes: Sequence[world.Scene]) -> SpriteLabels:
     return SpriteLabels(*map(torch.from_numpy, (mask, group, attributes)))
 
 
+def shares_pattern(labels: SpriteLabels) -> Tensor:
+    """Return in which pictures several sprites share a pattern, [n] of bool."""
+    patterned = labels.attributes[..., _PATTERN] != _ATTRIBUTES[_PATTERN].index("")
+    groups = labels.group * patterned
+    return ((groups[:, :, None] == groups[:, None]) & (groups[:, :, None] > 0)).sum((1, 2)) > (groups > 0).sum(1)
+
+
 def _visible_masks(scene: world.Scene) -> world.Picture:
     """Return the share of each cell that shows each sprite, [sprites, CELLS, CELLS] in 0..1."""
     # Two by two pixels a cell are precise enough and faster than the drawing's four by four.
@@ -84,29 +95,42 @@ def _visible_masks(scene: world.Scene) -> world.Picture:
     return np.asarray(masks.reshape(-1, CELLS, 2, CELLS, 2).mean((2, 4)), np.float32)
 
 
-def mixed_noise_levels(
-    t: Tensor, labels: SpriteLabels, alpha_bars: Tensor, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
+class NoiseLevels(NamedTuple):
+    """Noise levels of a batch.
+
+    ``alpha_bar``: of each cell; ``loss_weight``: 0 where the timestep is lower than the picture's. Both are
+    [n, 1, CELLS, CELLS]. ``copies``: the sprites whose look only clearer sprites of their group tell, [n, SPRITES].
+    """
+
+    alpha_bar: Tensor
+    loss_weight: Tensor
+    copies: Tensor
+
+
+def mixed_noise_levels(t: Tensor, labels: SpriteLabels, alpha_bars: Tensor, random: torch.Generator) -> NoiseLevels:
     """Lower the noise of all sprites but one of a group, in a share of the pictures.
 
-    ``t``: timesteps, [n]; ``labels``: a batch of n; ``alpha_bars``: of all timesteps. Return alpha-bar of each cell and
-    a loss mask, both [n, 1, CELLS, CELLS]. The loss mask is 1 where the timestep is ``t`` and 0 where it is lower.
+    ``t``: timesteps, [n]; ``labels``: a batch of n; ``alpha_bars``: of all timesteps.
     """
     draws = torch.rand(len(t), 2, generator=random).tolist()
     alpha_bar = alpha_bars[t].to(labels.mask.device)[:, None, None, None].expand(-1, 1, CELLS, CELLS).clone()
-    loss_mask = torch.ones_like(alpha_bar)
+    loss_weight = torch.ones_like(alpha_bar)
+    copies = torch.zeros_like(labels.group, dtype=torch.bool)
     for row, (chance, share) in enumerate(draws):
         groups = labels.group[row].tolist()
         # The first of a group keeps its noise. The order of sprites is random.
         cleared = [index for index, group in enumerate(groups) if group and groups.index(group) < index]
         if chance >= _MIXED_SHARE or not cleared:
             continue
-        area = F.max_pool2d(labels.mask[row, cleared].amax(0)[None, None], 3, 1, 1)[0, 0] > 0
         others = [index for index, group in enumerate(groups) if group and index not in cleared]
+        copying = [index for index in others if groups.count(groups[index]) > 1]
+        copies[row, copying] = True
+        loss_weight[row, 0][labels.mask[row, copying].amax(0) > 0] = _COPY_WEIGHT
+        area = F.max_pool2d(labels.mask[row, cleared].amax(0)[None, None], 3, 1, 1)[0, 0] > 0
         area &= labels.mask[row, others].amax(0) < 0.5
-        alpha_bar[row, 0][area] = alpha_bars[int(share * int(t[row]))]
-        loss_mask[row, 0][area] = 0
-    return alpha_bar, loss_mask
+        alpha_bar[row, 0][area] = alpha_bars[int(share * _LOWER_TIMESTEPS * int(t[row]))]
+        loss_weight[row, 0][area] = 0
+    return NoiseLevels(alpha_bar, loss_weight, copies)
 
 
 class AuxiliaryLosses(torch.nn.Module):
@@ -124,7 +148,7 @@ class AuxiliaryLosses(torch.nn.Module):
         self.register_buffer("nouns", torch.tensor(nouns), persistent=False)
         self._outputs: dict[str, Tensor] = {}
         modules = dict(unet.named_modules())
-        self._heads = {name: module.heads for name, module in modules.items() if name.endswith("attn2")}
+        self._heads = {name: module.heads for name, module in modules.items() if name.endswith(("attn1", "attn2"))}
         for name in (*_PROBED, *(f"{name}.{part}" for name in self._heads for part in ("to_q", "to_k"))):
             self._record(name, modules[name])
         self.probes = torch.nn.ModuleList(
@@ -134,9 +158,15 @@ class AuxiliaryLosses(torch.nn.Module):
     def _record(self, name: str, module: torch.nn.Module) -> None:
         module.register_forward_hook(lambda _module, _inputs, output: self._outputs.__setitem__(name, output))
 
-    def forward(self, captions: Tensor, labels: SpriteLabels) -> Tensor:
-        """Return the sum of both losses for the last forward pass of the UNet; captions are tokens [n, tokens]."""
-        return self._grounding_loss(captions, labels) + self._probe_loss(labels)
+    def forward(self, captions: Tensor, labels: SpriteLabels, copies: Tensor) -> Tensor:
+        """Return the sum of the losses for the last forward pass of the UNet.
+
+        ``captions``: tokens, [n, tokens]; ``copies``: sprites that count more in their look, [n, SPRITES].
+        """
+        loss = self._grounding_loss(captions, labels) + self._group_loss(labels)
+        loss = loss + self._probe_loss(labels, _ATTRIBUTES)
+        copied = labels._replace(mask=labels.mask * copies[..., None, None])
+        return loss + _COPIED_LOOK_WEIGHT * self._probe_loss(copied, _LOOKS)
 
     def _grounding_loss(self, captions: Tensor, labels: SpriteLabels) -> Tensor:
         """Return the cross-entropy of a sprite's group, given the attention of its cells to each group's tokens.
@@ -150,15 +180,25 @@ class AuxiliaryLosses(torch.nn.Module):
             [(labels.mask[two] * (labels.group[two] == group)[..., None, None]).sum(1) for group in (1, 2)], 1
         )
         losses = []
-        for name, heads in self._heads.items():
-            q, k = (self._outputs[f"{name}.{part}"][two].float() for part in ("to_q", "to_k"))
-            attention = _attention(q, k, heads)
+        for name in self._heads:
+            if not name.endswith("attn2"):
+                continue
+            attention = self._attention(name, two)
             target = F.adaptive_avg_pool2d(masks, int(attention.shape[1] ** 0.5)).flatten(2)
             for tokens in (groups, groups * is_noun):
                 mass = torch.stack([(attention * (tokens == group)[:, None]).sum(-1) for group in (1, 2)], 1) + 1e-5
                 share = mass / mass.sum(1, keepdim=True)
                 losses.append(-(target * share.log()).sum() / target.sum().clamp_min(1))
         return torch.stack(losses).mean()
+
+    def _attention(self, name: str, rows: Tensor, share: float = 1.0) -> Tensor:
+        """Return the attention probabilities of pictures, mean over a share of the heads, [n, queries, keys]."""
+        q, k = (
+            self._outputs[f"{name}.{part}"][rows].float().unflatten(-1, (self._heads[name], -1)).transpose(1, 2)
+            for part in ("to_q", "to_k")
+        )
+        heads = int(share * self._heads[name])
+        return torch.softmax(q[:, :heads] @ k[:, :heads].transpose(-1, -2) * q.shape[-1] ** -0.5, -1).mean(1)
 
     def groups_of_tokens(self, captions: Tensor) -> Tensor:
         """Return the group of sprites that each token describes, from 1, or 0 for none; both are [n, tokens]."""
@@ -168,24 +208,40 @@ class AuxiliaryLosses(torch.nn.Module):
         describes[:, 0] = False
         return groups * describes
 
-    def _probe_loss(self, labels: SpriteLabels) -> Tensor:
+    def _group_loss(self, labels: SpriteLabels) -> Tensor:
+        """Return minus the log of a sprite's self-attention to others of its group, over all that is not to itself.
+
+        It counts sprites that are not alone in their group, and the mean attention of half of the heads.
+        """
+        same = (labels.group[:, :, None] == labels.group[:, None]) & (labels.group[:, :, None] > 0)
+        same &= ~torch.eye(SPRITES, dtype=torch.bool, device=same.device)
+        several = same.any(2).any(1)
+        same, alone = same[several].float(), ~same[several].any(2)
+        losses = []
+        for name in self._heads:
+            if not name.endswith("attn1"):
+                continue
+            attention = self._attention(name, several, share=0.5)
+            mask = F.adaptive_avg_pool2d(labels.mask[several], int(attention.shape[1] ** 0.5)).flatten(2)
+            # Attention of each cell to each sprite, [n, sprites, cells].
+            mass = torch.einsum("nqk,nsk->nsq", attention, mask)
+            # The constant keeps attention to itself alone from counting as right.
+            share = (same @ mass / (1 - mass + 0.05)).clamp(1e-3, 1)
+            target = mask.masked_fill(alone[..., None], 0)
+            losses.append(-(target * share.log()).sum() / target.sum().clamp_min(1))
+        return torch.stack(losses).mean()
+
+    def _probe_loss(self, labels: SpriteLabels, attributes: Sequence[tuple[str, ...]]) -> Tensor:
         """Return the cross-entropy of the probes' attributes in the cells of sprites, mean over attributes."""
         losses = []
         for name, probe in zip(_PROBED, self.probes, strict=True):
             logits = probe(self._outputs[name].float())
             mask = F.adaptive_avg_pool2d(labels.mask, tuple(logits.shape[2:]))
             for index, part in enumerate(logits.split([len(values) for values in _ATTRIBUTES], 1)):
+                if _ATTRIBUTES[index] not in attributes:
+                    continue
                 # One prediction a cell, and one target for each sprite in it.
                 predicted = part.log_softmax(1)[:, None].expand(-1, SPRITES, -1, -1, -1)
                 target = labels.attributes[:, :, index, None, None, None].expand(-1, -1, 1, *mask.shape[2:])
                 losses.append(-(mask * predicted.gather(2, target)[:, :, 0]).sum() / mask.sum().clamp_min(1))
         return torch.stack(losses).mean()
-
-
-def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """Return attention probabilities, mean over heads, [n, cells, tokens].
-
-    ``q``: [n, cells, channels]; ``k``: [n, tokens, channels].
-    """
-    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k))
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1).mean(1)

@@ -37,6 +37,8 @@ _GRID_STEPS, _GRID_GUIDANCE = 20, 5.0
 _EMA = 0.999
 _SNR_LIMIT = 5.0
 _AUXILIARY_WEIGHT = 0.03
+# How much more often than others a picture is seen in which several sprites share a pattern.
+_SHARED_PATTERN_WEIGHT = 2.0
 # Steps of the CLIP image encoder in the first cycle, and in one that starts from weights.
 _VISION_STEPS, _MORE_VISION_STEPS = 1000, 300
 _LEARNING_RATE, _LATER_LEARNING_RATE = 1e-3, 7e-4
@@ -400,6 +402,7 @@ def _diffusion(
     weights = (_SNR_LIMIT * (1 - alpha_bars) / alpha_bars).clamp(0.1, 1)
     latents = latents.to(device)
     labels = auxiliary_losses.label(scenes)
+    chances = torch.where(auxiliary_losses.shares_pattern(labels), _SHARED_PATTERN_WEIGHT, 1.0)
     auxiliary = auxiliary_losses.AuxiliaryLosses(
         unet,
         [int(encoded.ids(word)[1]) for word in (*world.SHAPES, *world.PLURALS.values())],
@@ -408,19 +411,19 @@ def _diffusion(
     ).to(device)
 
     def loss_of(random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (plan.batch,), generator=random)
+        rows = torch.multinomial(chances, plan.batch, replacement=True, generator=random)
         captions = encoded.draw(rows.tolist(), random).to(device)
         t = torch.multinomial(weights, plan.batch, replacement=True, generator=random)
         noise = torch.randn(plan.batch, *latents.shape[1:], generator=random).to(device)
         batch = labels.batch(rows, device)
-        alpha_bar, loss_mask = auxiliary_losses.mixed_noise_levels(t, batch, alpha_bars, random)
+        alpha_bar, loss_weight, copies = auxiliary_losses.mixed_noise_levels(t, batch, alpha_bars, random)
         noisy = alpha_bar.sqrt() * latents[rows.to(device)] + (1 - alpha_bar).sqrt() * noise
         with _autocast(device), _differentiable(text):
             predicted = unet(noisy, t.to(device), context=text(captions)[0])
         # High noise decides the places and the number of sprites, and its error is small.
-        weight = loss_mask * alpha_bars[t].to(device)[:, None, None, None] ** -0.5
+        weight = loss_weight * alpha_bars[t].to(device)[:, None, None, None] ** -0.5
         loss = (weight * F.mse_loss(predicted.float(), noise, reduction="none")).mean()
-        return loss + _AUXILIARY_WEIGHT * auxiliary(captions, batch)
+        return loss + _AUXILIARY_WEIGHT * auxiliary(captions, batch, copies)
 
     @torch.no_grad()
     def grid() -> None:
