@@ -303,8 +303,10 @@ def test_a_link_brings_no_more_than_a_widget(nodes: Any, node: str, given: dict[
 def test_a_conditioning_of_another_shape_is_refused(nodes: Any) -> None:
     model = build_model(UNETS["tiny"])
     embedding = conditioning(model)[0][0]
-    for odd in (embedding[0], embedding[None], embedding[:, :0], embedding * float("nan")):
-        with pytest.raises(ValueError, match="^conditioning: a text embedding of shape"):
+    shape, value = "a text embedding of shape", "its text embedding holds NaN or infinity. Encode the prompt again"
+    odd_ones = ((embedding[0], shape), (embedding[None], shape), (embedding[:, :0], shape), (embedding / 0, value))
+    for odd, reason in odd_ones:
+        with pytest.raises(ValueError, match=f"^conditioning: {reason}"):
             tuned(nodes, model, conditioning=[[odd, {}]])
 
 

@@ -46,7 +46,8 @@ def lent(layer: torch.nn.Module, x: Tensor) -> Iterator[WeightAndBias]:
         try:
             yield _dequantised(layer, weight), bias
         finally:
-            comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+            with torch.inference_mode():
+                comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     else:
         weight, bias = comfy.ops.cast_bias_weight(layer, x)
         yield _dequantised(layer, weight), bias
