@@ -21,7 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import Refusal
 from ..out_of_memory import is_out_of_memory
+
+DAMAGED = "It is damaged: copy it again, or tune again."
 
 FORMAT = "tune-a-video motion"
 # Version 2 has low-rank files too; whole ones are written as version 1, which older packs read.
@@ -114,26 +117,30 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def load_motion(path: Path) -> Motion:
-    """Read a motion file. Raises ValueError, naming the file and the remedy, for anything else."""
+    """Read a motion file. Raises Refusal, naming the file and the remedy, for anything else."""
     try:
         # safetensors takes a file that may not be read for one that is missing.
         with open(path, "rb"), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"file: {path.name} is a safetensors file, but not a Tune-A-Video motion. "
-                    "Choose a file written by Save Motion."
+                raise Refusal(
+                    "file",
+                    f"{path.name} is a safetensors file, but not a Tune-A-Video motion",
+                    "Choose a file written by Save Motion.",
                 )
             version = metadata.pop("format_version", "")
             if version not in map(str, range(1, FORMAT_VERSION + 1)):
-                raise ValueError(
-                    f"file: {path.name} has motion format version {version[:20] or 'unknown'}; this version of the "
-                    f"pack reads up to {FORMAT_VERSION}. Update the pack, or tune again with this one."
+                raise Refusal(
+                    "file",
+                    f"{path.name} has motion format version {version[:20] or 'unknown'}; this version of the pack "
+                    f"reads up to {FORMAT_VERSION}",
+                    "Update the pack, or tune again with this one.",
                 )
             if len(file.keys()) > MOST_TENSORS:
-                raise ValueError(
-                    f"file: {path.name} holds {len(file.keys())} tensors, and no motion has more than {MOST_TENSORS}. "
-                    "It is damaged: copy it again, or tune again."
+                raise Refusal(
+                    "file",
+                    f"{path.name} holds {len(file.keys())} tensors, and no motion has more than {MOST_TENSORS}",
+                    DAMAGED,
                 )
             # Copied out of the memory map, so the file may be replaced while they are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -145,30 +152,30 @@ def load_motion(path: Path) -> Motion:
             if error.errno in (errno.EACCES, errno.EPERM)
             else "Look at its disk or network folder, and queue again."
         )
-        raise ValueError(f"file: {path.name} cannot be opened ({error.strerror or error}). {remedy}") from error
+        raise Refusal("file", f"{path.name} cannot be opened ({error.strerror or error})", remedy) from error
     except SafetensorError as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"file: {path.name} cannot be read as a motion file ({error}). It is damaged or incomplete: "
-            "copy it again, or tune again."
+        raise Refusal(
+            "file",
+            f"{path.name} cannot be read as a motion file ({error})",
+            "It is damaged or incomplete: copy it again, or tune again.",
         ) from error
     del metadata["format"]
     odd = next((key for key, value in tensors.items() if value.dtype not in _DTYPES), None)
     if odd is not None:
-        raise ValueError(
-            f"file: {path.name} holds {str(tensors[odd].dtype).removeprefix('torch.')} values (first in {odd[:200]}), "
-            "but a motion is fp16, bf16 or fp32. It is damaged: copy it again, or tune again."
+        raise Refusal(
+            "file",
+            f"{path.name} holds {str(tensors[odd].dtype).removeprefix('torch.')} values (first in {odd[:200]}), but a "
+            "motion is fp16, bf16 or fp32",
+            DAMAGED,
         )
     empty = next((key for key, value in tensors.items() if 0 in value.shape), None)
     if empty is not None:
-        raise ValueError(
-            f"file: {path.name} holds a tensor without values ({empty[:200]}). It is damaged: copy it again, or tune "
-            "again."
-        )
+        raise Refusal("file", f"{path.name} holds a tensor without values ({empty[:200]})", DAMAGED)
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise ValueError(f"file: {path.name} holds values that are not finite (first in {bad}). Tune again.")
+        raise Refusal("file", f"{path.name} holds values that are not finite (first in {bad})", "Tune again.")
     return Motion(tensors, metadata)
 
 
@@ -176,32 +183,36 @@ def check_fits(motion: Motion, query_shapes: Mapping[str, torch.Size], family: s
     """Refuse a motion that does not belong to a UNet, naming the first key and both shapes.
 
     ``query_shapes``: shape of every ``<block>.attn1|attn2.to_q.weight`` of the UNet. ``family``: the
-    model's base family. Raises ValueError.
+    model's base family. Raises Refusal.
     """
     tuned_on = motion.metadata.get("base_family", family)
     if tuned_on != family:
-        raise ValueError(
-            f"motion: it was tuned on {tuned_on}, but the model is {family}. "
-            "Load a motion of the model's own family, or a checkpoint of the motion's."
+        raise Refusal(
+            "motion",
+            f"it was tuned on {tuned_on}, but the model is {family}",
+            "Load a motion of the model's own family, or a checkpoint of the motion's.",
         )
     if not motion.tensors:
-        raise ValueError("motion: it holds no weights. Tune again.")
+        raise Refusal("motion", "it holds no weights", "Tune again.")
     for key, value in sorted(motion.tensors.items()):
         expected = _expected_shape(key, query_shapes)
         if expected is None:
-            raise ValueError(
-                f"motion: {key} has no place in this model. Load the checkpoint that it was tuned on, or tune this one."
+            raise Refusal(
+                "motion",
+                f"{key} has no place in this model",
+                "Load the checkpoint that it was tuned on, or tune this one.",
             )
         if value.shape != expected:
-            raise ValueError(
-                f"motion: it does not fit the model: {key} is {list(value.shape)}, the model needs {list(expected)}. "
-                "Load the checkpoint that it was tuned on, or tune this one."
+            raise Refusal(
+                "motion",
+                f"it does not fit the model: {key} is {list(value.shape)}, the model needs {list(expected)}",
+                "Load the checkpoint that it was tuned on, or tune this one.",
             )
     for block in sorted({key.partition(mark)[0] for key in motion.tensors for mark in TEMPORAL_MARKS if mark in key}):
         missing = next((leaf for leaf in TEMPORAL_LEAVES if f"{block}.{leaf}" not in motion.tensors), None)
         if missing is not None:
-            raise ValueError(
-                f"motion: {block}.{missing} is missing. The file is incomplete: copy it again, or tune again."
+            raise Refusal(
+                "motion", f"{block}.{missing} is missing", "The file is incomplete: copy it again, or tune again."
             )
 
 

@@ -18,7 +18,7 @@ from ..cancel import raise_if_cancelled
 from ..errors import Refusal
 from ..out_of_memory import is_out_of_memory
 from ..temporal import draw_temporal
-from .file import Motion
+from .file import DAMAGED, Motion
 
 RANK_KEY, SEED_KEY, KEPT_KEY = "rank", "temporal_seed", "kept"
 UP, DOWN = ".up", ".down"
@@ -33,7 +33,7 @@ def compress(motion: Motion, rank: int) -> Motion:
     """The motion with every matrix [n, m] as ``up`` [n, rank] and ``down`` [rank, m], float16.
 
     Metadata says how much is kept: 1 minus the squared relative error of all that tuning changed. A motion of that rank
-    or a lower one is returned as it is. Raises ValueError for a motion that does not know the seed of its temporal
+    or a lower one is returned as it is. Raises Refusal for a motion that does not know the seed of its temporal
     weights (an older file).
     """
     if RANK_KEY in motion.metadata and all(
@@ -43,9 +43,10 @@ def compress(motion: Motion, rank: int) -> Motion:
     motion = expand(motion)
     seed = temporal_seed(motion)
     if seed is None:
-        raise ValueError(
-            "rank: this motion does not say which random weights it began with, so it cannot be saved at a rank. "
-            "Save it with rank 0, or tune again."
+        raise Refusal(
+            "rank",
+            "this motion does not say which random weights it began with, so it cannot be saved at a rank",
+            "Save it with rank 0, or tune again.",
         )
     initial = draw_temporal(_blocks(motion.tensors), seed)
     tensors: dict[str, Tensor] = {}
@@ -79,7 +80,7 @@ def temporal_seed(motion: Motion) -> int | None:
 def outline(motion: Motion) -> Motion:
     """Return what ``expand`` would give with tensors that have shapes and no values; a whole motion as it is.
 
-    Raises ValueError for a file that lacks one of the factors or says nothing sensible about its blocks.
+    Raises Refusal for a file that lacks one of the factors or says nothing sensible about its blocks.
     """
     if RANK_KEY not in motion.metadata:
         return motion
@@ -100,7 +101,7 @@ def outline(motion: Motion) -> Motion:
 def expand(motion: Motion) -> Motion:
     """The motion that a compressed one stands for, float16; any other one as it is.
 
-    Raises ValueError for a file that lacks one of the factors or says nothing sensible about its blocks.
+    Raises Refusal for a file that lacks one of the factors or says nothing sensible about its blocks.
     """
     if RANK_KEY not in motion.metadata:
         return motion
@@ -143,8 +144,8 @@ def _incomplete() -> Iterator[None]:
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"file: its low-rank weights are incomplete ({error}). Copy it again, or tune again."
+        raise Refusal(
+            "file", f"its low-rank weights are incomplete ({error})", "Copy it again, or tune again."
         ) from error
 
 
@@ -156,13 +157,14 @@ def _check_size(tensors: Mapping[str, Tensor]) -> None:
         if not key.endswith(UP) or down is None:
             continue
         if up.ndim != 2 or down.ndim != 2:
-            raise ValueError(f"file: {key[:200]} is no matrix. It is damaged: copy it again, or tune again.")
+            raise Refusal("file", f"{key[:200]} is no matrix", DAMAGED)
         # With a temporal layer's queries come the four matrices that it began with.
         numbers += len(up) * down.shape[1] * (5 if key.endswith(_QUERY + UP) else 1)
     if numbers > _MOST_NUMBERS:
-        raise ValueError(
-            f"file: its low-rank weights stand for {numbers:.1e} numbers, and no motion has more than "
-            f"{_MOST_NUMBERS:.1e}. It is damaged: copy it again, or tune again."
+        raise Refusal(
+            "file",
+            f"its low-rank weights stand for {numbers:.1e} numbers, and no motion has more than {_MOST_NUMBERS:.1e}",
+            DAMAGED,
         )
 
 
