@@ -1,10 +1,10 @@
-"""Auxiliary losses of the demo's UNet training: token grounding, attribute probes, and mixed noise levels.
+"""Auxiliary losses of the demo's UNet training: token grounding, attribute probes, group attention, mixed noise levels.
 
 The noise prediction loss hardly tells "a red star and a blue circle" from "a blue star and a red circle". Token
 grounding therefore supervises cross-attention with the sprites' masks (TokenCompose, arXiv 2312.03626). Probes predict
-the sprites' attributes from the features of two transformers (compare REPA, arXiv 2410.06940). Mixed noise levels make
-self-attention between sprites of one group useful, since these share their look. The trained UNet has no extra
-parameters and no extra inputs.
+the sprites' attributes from the features of two transformers (compare REPA, arXiv 2410.06940). Sprites of one group
+share their look. Group attention supervises self-attention between them, and mixed noise levels make it useful. The
+trained UNet has no extra parameters and no extra inputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _ATTRIBUTES: tuple[tuple[str, ...], ...] = (
     (*world.PATTERNS, ""),
     (*world.SECONDS, ""),
 )
-_LOOKS, _PATTERN = _ATTRIBUTES[-3:], 5
+# Numbers of the attributes: all, those of a look, and the pattern.
+_ALL, _LOOK, _PATTERN = range(7), range(4, 7), 5
 
 
 class SpriteLabels(NamedTuple):
@@ -164,9 +165,9 @@ class AuxiliaryLosses(torch.nn.Module):
         ``captions``: tokens, [n, tokens]; ``copies``: sprites that count more in their look, [n, SPRITES].
         """
         loss = self._grounding_loss(captions, labels) + self._group_loss(labels)
-        loss = loss + self._probe_loss(labels, _ATTRIBUTES)
+        loss = loss + self._probe_loss(labels, _ALL)
         copied = labels._replace(mask=labels.mask * copies[..., None, None])
-        return loss + _COPIED_LOOK_WEIGHT * self._probe_loss(copied, _LOOKS)
+        return loss + _COPIED_LOOK_WEIGHT * self._probe_loss(copied, _LOOK)
 
     def _grounding_loss(self, captions: Tensor, labels: SpriteLabels) -> Tensor:
         """Return the cross-entropy of a sprite's group, given the attention of its cells to each group's tokens.
@@ -180,9 +181,7 @@ class AuxiliaryLosses(torch.nn.Module):
             [(labels.mask[two] * (labels.group[two] == group)[..., None, None]).sum(1) for group in (1, 2)], 1
         )
         losses = []
-        for name in self._heads:
-            if not name.endswith("attn2"):
-                continue
+        for name in self._layers("attn2"):
             attention = self._attention(name, two)
             target = F.adaptive_avg_pool2d(masks, int(attention.shape[1] ** 0.5)).flatten(2)
             for tokens in (groups, groups * is_noun):
@@ -190,6 +189,10 @@ class AuxiliaryLosses(torch.nn.Module):
                 share = mass / mass.sum(1, keepdim=True)
                 losses.append(-(target * share.log()).sum() / target.sum().clamp_min(1))
         return torch.stack(losses).mean()
+
+    def _layers(self, kind: str) -> list[str]:
+        """Return the names of the UNet's attention layers of a kind: attn1 (self) or attn2 (cross)."""
+        return [name for name in self._heads if name.endswith(kind)]
 
     def _attention(self, name: str, rows: Tensor, share: float = 1.0) -> Tensor:
         """Return the attention probabilities of pictures, mean over a share of the heads, [n, queries, keys]."""
@@ -218,9 +221,7 @@ class AuxiliaryLosses(torch.nn.Module):
         several = same.any(2).any(1)
         same, alone = same[several].float(), ~same[several].any(2)
         losses = []
-        for name in self._heads:
-            if not name.endswith("attn1"):
-                continue
+        for name in self._layers("attn1"):
             attention = self._attention(name, several, share=0.5)
             mask = F.adaptive_avg_pool2d(labels.mask[several], int(attention.shape[1] ** 0.5)).flatten(2)
             # Attention of each cell to each sprite, [n, sprites, cells].
@@ -231,17 +232,16 @@ class AuxiliaryLosses(torch.nn.Module):
             losses.append(-(target * share.log()).sum() / target.sum().clamp_min(1))
         return torch.stack(losses).mean()
 
-    def _probe_loss(self, labels: SpriteLabels, attributes: Sequence[tuple[str, ...]]) -> Tensor:
-        """Return the cross-entropy of the probes' attributes in the cells of sprites, mean over attributes."""
+    def _probe_loss(self, labels: SpriteLabels, attributes: Sequence[int]) -> Tensor:
+        """Return the cross-entropy of attributes, given by number, in the cells of sprites; mean over attributes."""
         losses = []
         for name, probe in zip(_PROBED, self.probes, strict=True):
             logits = probe(self._outputs[name].float())
             mask = F.adaptive_avg_pool2d(labels.mask, tuple(logits.shape[2:]))
-            for index, part in enumerate(logits.split([len(values) for values in _ATTRIBUTES], 1)):
-                if _ATTRIBUTES[index] not in attributes:
-                    continue
+            parts = logits.split([len(values) for values in _ATTRIBUTES], 1)
+            for index in attributes:
                 # One prediction a cell, and one target for each sprite in it.
-                predicted = part.log_softmax(1)[:, None].expand(-1, SPRITES, -1, -1, -1)
+                predicted = parts[index].log_softmax(1)[:, None].expand(-1, SPRITES, -1, -1, -1)
                 target = labels.attributes[:, :, index, None, None, None].expand(-1, -1, 1, *mask.shape[2:])
                 losses.append(-(mask * predicted.gather(2, target)[:, :, 0]).sum() / mask.sum().clamp_min(1))
         return torch.stack(losses).mean()

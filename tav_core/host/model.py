@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import comfy.model_sampling
@@ -54,14 +53,12 @@ class ModelPatcher(Protocol):
         """Move weights off the device; return the bytes that were freed."""
 
 
-@contextmanager
-def current_device(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one, as hosts' samplers do.
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one within the context, as hosts' samplers do.
 
     A host that copies an offloaded weight lets the current device's stream wait for the copy.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        yield
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def unet_of(model: ModelPatcher) -> torch.nn.Module:
